@@ -1,0 +1,206 @@
+"""Reading and writing checkpoints: whole or absent on disk, plain types only, nothing executed on loading."""
+import argparse
+import os
+import pathlib
+import re
+import socket
+import tempfile
+import urllib.error
+from typing import Any, Dict, List, Optional
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from util.distributed import print_main
+from util.errors import InputError
+
+# Besides tensors and plain containers, published checkpoints hold the flags of their training as a Namespace, some with
+# paths. Both are inert containers; everything else a pickle could name is refused by torch's weights-only loader.
+torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath])
+
+DOWNLOAD_TIMEOUT_S = 30
+HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,64})\.")
+
+
+def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        location: a file, or an http(s) URL, which is downloaded once into torch.hub's cache; a hash in its name
+            (`detr-r50-e632da11.pth`) is checked.
+        flag: how the user named the checkpoint; used in error messages.
+
+    Raises:
+        InputError: if it can't be had, isn't whole, or holds anything but tensors and plain data.
+    """
+    path = _download(location, flag) if urlparse(str(location)).scheme in ("http", "https") else str(location)
+    if not os.path.isfile(path):
+        raise InputError(f"{flag} {location}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise InputError(f"{flag} {path}: refused, since it holds Python objects other than tensors and plain data, "
+                             "which could execute code when loaded") from error
+        raise InputError(f"{flag} {path}: not a checkpoint, or damaged "
+                         f"({type(error).__name__}: {_first_line(error)})") from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{flag} {path}: a checkpoint is a dict, this holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _download(url: str, flag: str) -> str:
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    name = os.path.basename(urlparse(url).path)
+    path = os.path.join(folder, name)
+    if os.path.exists(path):
+        return path
+    os.makedirs(folder, exist_ok=True)
+    found = HASH_IN_NAME.search(name)
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        print_main(f"downloading {url} to {path}")
+        torch.hub.download_url_to_file(url, path, hash_prefix=found.group(1) if found else None, progress=False)
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        raise InputError(f"{flag}: {url} could not be downloaded ({_first_line(error)}); "
+                         f"fetch it on another machine and pass {flag} FILE") from error
+    finally:
+        socket.setdefaulttimeout(previous)
+    return path
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def save_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
+    """Write a checkpoint so that at any moment `path` is either the old file or the whole new one.
+
+    Raises:
+        InputError: if it can't be written; an earlier file of that name is then untouched.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(path) + ".", suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _fsync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        kept = f"; the earlier {path} is intact" if os.path.exists(path) else ""
+        raise InputError(f"could not write the checkpoint {path} ({_first_line(error)}){kept}") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _fsync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_args(checkpoint: Dict[str, Any], location: str) -> argparse.Namespace:
+    """Flags that a checkpoint was trained with.
+
+    Raises:
+        InputError: if it holds none, as official weight files do.
+    """
+    stored = checkpoint.get("args")
+    if stored is None:
+        raise InputError(f"{location} holds weights without the flags they were trained with")
+    return argparse.Namespace(**(stored if isinstance(stored, dict) else vars(stored)))
+
+
+def model_state(checkpoint: Dict[str, Any], location: str) -> Dict[str, Tensor]:
+    """The model's tensors of a checkpoint, which may also be a bare state_dict.
+
+    Raises:
+        InputError: if there are none.
+    """
+    state = checkpoint.get("model", checkpoint)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{location} holds no model weights under 'model'")
+    return state
+
+
+def describe_kind(state: Dict[str, Tensor]) -> str:
+    """What kind of model a state_dict belongs to, in words."""
+    if "patch2query.weight" in state:
+        return "an UP-DETR pre-training model"
+    if any(name.startswith("mask_head.") for name in state):
+        return "a DETR with a mask head"
+    if any(name.startswith("transformer.level_embed") for name in state):
+        return "a Deformable DETR"
+    if "transformer.decoder.norm.weight" in state:
+        norm = "pre" if "transformer.encoder.norm.weight" in state else "post"
+        return f"a {norm}-norm DETR with {len(state['class_embed.weight']) - 1} classes" if "class_embed.weight" in state else "a DETR"
+    return "something else than a detector"
+
+
+def load_model_strictly(model: nn.Module, checkpoint: Dict[str, Any], location: str) -> None:
+    """Load every tensor, accepting no difference.
+
+    Raises:
+        InputError: naming both kinds of model and the first tensor that differs.
+    """
+    state, own = model_state(checkpoint, location), model.state_dict()
+    differing = [name for name in own if name not in state] + [name for name in state if name not in own] + \
+                [name for name in own if name in state and own[name].shape != state[name].shape]
+    if differing:
+        hint = "; to start a fine-tuning from it use --pretrain" if "patch2query.weight" in state else ""
+        raise InputError(f"{location} holds {describe_kind(state)} but the flags describe {describe_kind(own)}: "
+                         f"{len(differing)} tensors differ, first {differing[0]}{hint}")
+    model.load_state_dict(state)
+
+
+def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str) -> Dict[str, List[str]]:
+    """Start a training from another model's weights: load what fits by name and shape, and say what didn't.
+
+    The patch classes of an UP-DETR pre-training never enter another kind of model, whatever their shape.
+
+    Returns:
+        names of tensors `loaded`, `skipped` (in the checkpoint, not used) and `missed` (in the model, not filled).
+
+    Raises:
+        InputError: if nothing fits, or if the model's backbone would stay without weights.
+    """
+    state, own = model_state(checkpoint, location), model.state_dict()
+    pretext_only = "patch2query.weight" in state and "patch2query.weight" not in own
+    fits = {name: value for name, value in state.items()
+            if name in own and own[name].shape == value.shape and not (pretext_only and name.startswith("class_embed."))}
+    report = {"loaded": sorted(fits), "skipped": sorted(set(state) - set(fits)), "missed": sorted(set(own) - set(fits))}
+    if not fits:
+        raise InputError(f"--pretrain {location} holds {describe_kind(state)}; none of its tensors fits {describe_kind(own)}")
+    if any(name.startswith("backbone.") for name in report["missed"]):
+        raise InputError(f"--pretrain {location} doesn't fill the backbone (first missing: "
+                         f"{next(name for name in report['missed'] if name.startswith('backbone.'))}); "
+                         "is --backbone the one that it was trained with?")
+    model.load_state_dict(fits, strict=False)
+    for outcome in ("loaded", "skipped", "missed"):
+        print_main(f"pretrain: {outcome} {len(report[outcome])} tensors{_summary(report[outcome], outcome)}")
+    return report
+
+
+def _summary(names: List[str], outcome: str) -> str:
+    return "" if outcome == "loaded" or not names else ": " + ", ".join(names)
+
+
+def random_state() -> Dict[str, Optional[Tensor]]:
+    """State of this process's random generators: CPU, and CUDA's current device if there is one."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def set_random_state(state: Dict[str, Optional[Tensor]]) -> None:
+    """Put this process's random generators into a state from `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

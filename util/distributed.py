@@ -1,0 +1,127 @@
+"""What the programs need of torch.distributed. Every function also works in a single process without any set-up."""
+import argparse
+import contextlib
+import datetime
+import os
+from typing import Any, Dict, Iterator, List
+
+import torch
+import torch.distributed as dist
+
+from util.errors import InputError
+
+
+def is_dist_avail_and_initialized() -> bool:
+    """Whether this process is part of an initialised process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    """Number of processes, 1 outside a process group."""
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
+
+
+def get_rank() -> int:
+    """Number of this process over all nodes, 0 outside a process group."""
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes files and talks to the console."""
+    return get_rank() == 0
+
+
+def print_main(*values: Any) -> None:
+    """`print`, flushed, on the main process only."""
+    if is_main_process():
+        print(*values, flush=True)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if is_dist_avail_and_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def local_main_first() -> Iterator[None]:
+    """Let the first process of each node run the block before its others: for downloads into a shared cache."""
+    first = int(os.environ.get("LOCAL_RANK", get_rank())) == 0
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def all_gather(data: Any) -> List[Any]:
+    """Collect a picklable object of any size from every process; the list is in order of rank."""
+    if get_world_size() == 1:
+        return [data]
+    gathered: List[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, data)
+    return gathered
+
+
+@torch.no_grad()
+def reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all processes (the tensor itself when there is one)."""
+    if get_world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+@torch.no_grad()
+def reduce_dict(input_dict: Dict[str, torch.Tensor], average: bool = True) -> Dict[str, torch.Tensor]:
+    """Reduce a dict of scalar tensors over all processes with one collective; every process gets the result.
+
+    All processes must hold the same keys. Without a process group the values come back as they are.
+    """
+    if get_world_size() == 1 or not input_dict:
+        return input_dict
+    names = sorted(input_dict)
+    values = torch.stack([input_dict[name].detach().float() for name in names])
+    dist.all_reduce(values)
+    if average:
+        values /= get_world_size()
+    return dict(zip(names, values.unbind()))
+
+
+def init_distributed_mode(args: argparse.Namespace) -> None:
+    """Join the process group that a launcher describes in the environment, if any.
+
+    Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID, SLURM_NTASKS,
+    SLURM_LOCALID; the address of the first process must then be in `--dist_url` or MASTER_ADDR and MASTER_PORT).
+    Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu`; CUDA processes use NCCL, others gloo.
+    """
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local_rank = int(environment.get("LOCAL_RANK", getattr(args, "local_rank", None) or 0))
+    elif "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+        local_rank = int(environment["SLURM_LOCALID"])
+    else:
+        if getattr(args, "world_size", 1) > 1:
+            raise InputError(f"--world_size {args.world_size} needs that many processes: start main.py through torchrun, "
+                             "which sets RANK and WORLD_SIZE")
+        args.distributed, args.rank, args.world_size, args.gpu = False, 0, 1, 0
+        return
+    args.distributed, args.rank, args.world_size, args.gpu = True, rank, world_size, local_rank
+    use_cuda = torch.device(args.device).type == "cuda"
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"process {rank} needs GPU {local_rank} but this machine has {torch.cuda.device_count()}: "
+                             "start fewer processes per node or pass --device cpu")
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if use_cuda else "gloo", init_method=args.dist_url, world_size=world_size, rank=rank,
+                            timeout=datetime.timedelta(minutes=30))
+    print_main(f"distributed: {world_size} processes, {dist.get_backend()}, {args.dist_url}")
+
+
+def shutdown() -> None:
+    """Leave the process group, if this process is in one."""
+    if is_dist_avail_and_initialized():
+        dist.destroy_process_group()

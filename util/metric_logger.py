@@ -1,0 +1,147 @@
+"""Running averages of training figures and DETR's console lines.
+
+Values may be device tensors: they are kept as they are and copied to the host only when a line is printed, so that logging
+never makes a training step wait for the device.
+"""
+import datetime
+import time
+from collections import defaultdict, deque
+from typing import Any, DefaultDict, Deque, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+
+import torch
+
+from util import distributed
+
+Number = Union[int, float, torch.Tensor]
+
+
+class SmoothedValue:
+    """A series of numbers with statistics over its last `window_size` values and over all of them.
+
+    `fmt` is a format string that may use median, avg, global_avg, max and value.
+    """
+
+    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
+        self.window: Deque[float] = deque(maxlen=window_size)
+        self.total = 0.0
+        self.count = 0
+        self.fmt = fmt
+        self._pending: List[Tuple[Number, int]] = []
+
+    def update(self, value: Number, n: int = 1) -> None:
+        """Add a value that stands for n samples; a tensor is not read before the next statistic is asked for."""
+        self._pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        values = [value for value, _ in self._pending]
+        if isinstance(values[0], torch.Tensor):
+            values = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values]).tolist()
+        for value, (_, n) in zip(values, self._pending):
+            self.window.append(value)
+            self.total += value * n
+            self.count += n
+        self._pending.clear()
+
+    def synchronize_between_processes(self) -> None:
+        """Sum totals and counts over all processes, so that `global_avg` is the average over all; the window stays local."""
+        self._flush()
+        sums = distributed.all_gather((self.total, self.count))
+        self.total = sum(total for total, _ in sums)
+        self.count = sum(count for _, count in sums)
+
+    @property
+    def median(self) -> float:
+        self._flush()
+        return torch.tensor(list(self.window)).median().item() if self.window else float("nan")
+
+    @property
+    def avg(self) -> float:
+        self._flush()
+        return sum(self.window) / len(self.window) if self.window else float("nan")
+
+    @property
+    def global_avg(self) -> float:
+        self._flush()
+        return self.total / self.count if self.count else float("nan")
+
+    @property
+    def max(self) -> float:
+        self._flush()
+        return max(self.window, default=float("nan"))
+
+    @property
+    def value(self) -> float:
+        self._flush()
+        return self.window[-1] if self.window else float("nan")
+
+    def __str__(self) -> str:
+        return self.fmt.format(median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value)
+
+
+class MetricLogger:
+    """A set of named `SmoothedValue` meters and the loop that prints them.
+
+    `logger.update(loss=…)` creates meters as needed; `logger.loss` reads one; `log_every` wraps an iterable.
+    """
+
+    def __init__(self, delimiter: str = "\t") -> None:
+        self.meters: DefaultDict[str, SmoothedValue] = defaultdict(SmoothedValue)
+        self.delimiter = delimiter
+
+    def update(self, **values: Number) -> None:
+        for name, value in values.items():
+            self.meters[name].update(value)
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        self.meters[name] = meter
+
+    def __getattr__(self, name: str) -> SmoothedValue:
+        meters = self.__dict__.get("meters", {})
+        if name in meters:
+            return meters[name]
+        raise AttributeError(f"{type(self).__name__} has neither an attribute nor a meter named {name!r}")
+
+    def __str__(self) -> str:
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def synchronize_between_processes(self) -> None:
+        """Average every meter over all processes, with one collective. A meter may be missing on some of them."""
+        for meter in self.meters.values():
+            meter._flush()
+        sums = distributed.all_gather({name: (meter.total, meter.count) for name, meter in self.meters.items()})
+        for name in sorted(set().union(*sums)):
+            parts = [part[name] for part in sums if name in part]
+            self.meters[name].total = sum(total for total, _ in parts)
+            self.meters[name].count = sum(count for _, count in parts)
+
+    def averages(self) -> Dict[str, float]:
+        """Average of each meter over everything it has seen."""
+        return {name: meter.global_avg for name, meter in self.meters.items()}
+
+    def log_every(self, iterable: Iterable[Any], print_freq: int, header: Optional[str] = None) -> Iterator[Any]:
+        """Yield from a sized iterable and print a line every `print_freq` items and after the last, on the main process.
+
+        The line holds the header, position, remaining time, all meters, seconds per item (`time`), seconds spent waiting for
+        the item (`data`) and, on CUDA, the largest memory in MB (`max mem`).
+        """
+        length = len(iterable)
+        header = f"{header or ''}  "
+        iter_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
+        start = end = time.perf_counter()
+        for position, item in enumerate(iterable):
+            data_time.update(time.perf_counter() - end)
+            yield item
+            iter_time.update(time.perf_counter() - end)
+            if distributed.is_main_process() and (position % print_freq == 0 or position == length - 1):
+                remaining = datetime.timedelta(seconds=int(iter_time.global_avg * (length - 1 - position)))
+                fields = [f"{header}[{position:{len(str(length))}d}/{length}]", f"eta: {remaining}", str(self),
+                          f"time: {iter_time}", f"data: {data_time}"]
+                if torch.cuda.is_available():
+                    fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2 ** 20:.0f}")
+                print(self.delimiter.join(field for field in fields if field), flush=True)
+            end = time.perf_counter()
+        seconds = time.perf_counter() - start
+        distributed.print_main(f"{header}Total time: {datetime.timedelta(seconds=int(seconds))} "
+                               f"({seconds / max(length, 1):.4f} s / it)")
