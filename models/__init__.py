@@ -1,0 +1,49 @@
+"""The detectors. `build_model(args)` is the one place where flags become a model with its loss and post-processing."""
+import argparse
+from typing import Dict, Tuple
+
+import torch
+from torch import nn
+
+from models.backbone import build_backbone
+from models.criterion import SetCriterion, weights_for_layers
+from models.detr import DETR, PostProcess
+from models.matcher import HungarianMatcher
+from models.transformer import build_transformer
+from models.updetr import UPDETR
+from util.errors import InputError
+
+PATCH_CLASSES = 2  # UP-DETR's labels: 1 for a patch; 0 is unused, 2 (no object) comes on top
+
+
+def build_model(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module, Dict[str, nn.Module]]:
+    """Build what the resolved flags describe (see `util.recipes`), on `args.device`.
+
+    Returns:
+        the model, its criterion, and the post-processors by kind of result ("bbox").
+
+    Raises:
+        InputError: if flags contradict each other.
+    """
+    pretraining = args.dataset_file == "imagenet"
+    if pretraining and args.num_queries % args.num_patches:
+        raise InputError(f"--num_queries {args.num_queries} is not a multiple of --num_patches {args.num_patches}")
+    backbone, transformer = build_backbone(args), build_transformer(args)
+    weights = {"loss_ce": 1.0, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    losses = ["labels", "boxes", "cardinality"]
+    if pretraining:
+        num_classes = PATCH_CLASSES
+        model: nn.Module = UPDETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss, args.num_patches,
+                                  args.feature_recon, args.query_shuffle)
+        if args.feature_recon:
+            weights["loss_feature"] = 1.0
+            losses.append("feature")
+    else:
+        num_classes = args.num_classes
+        model = DETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
+    matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou,
+                               args.num_queries // args.num_patches if pretraining and args.match_within_group else None)
+    num_layers = args.dec_layers if args.aux_loss else 1
+    criterion = SetCriterion(num_classes, matcher, weights_for_layers(weights, num_layers), args.eos_coef, losses)
+    device = torch.device(args.device)
+    return model.to(device), criterion.to(device), {"bbox": PostProcess()}

@@ -1,0 +1,208 @@
+"""ResNet backbones with frozen batch normalisation, and their pairing with a position encoding."""
+import argparse
+from typing import Dict, List, Tuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from models.position_encoding import build_position_encoding
+from util.checkpoint import load_checkpoint
+from util.distributed import local_main_first, print_main
+from util.errors import InputError
+from util.misc import NestedTensor
+
+SWAV_URL = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
+
+# torchvision's first ImageNet weights: the ones that the published detectors were trained from.
+SUPERVISED_URLS = {
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+}
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics and affine parameters are constants (buffers), as in fine-tuned detectors."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        self.register_buffer("weight", torch.ones(n))
+        self.register_buffer("bias", torch.zeros(n))
+        self.register_buffer("running_mean", torch.zeros(n))
+        self.register_buffer("running_var", torch.ones(n))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)  # an ordinary BatchNorm2d has it
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [B, n, H, W] channel by channel."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype).view(1, -1, 1, 1) + shift.to(x.dtype).view(1, -1, 1, 1)
+
+
+class ResNetBody(nn.Module):
+    """The convolutional part of a torchvision ResNet, up to `last_layer`; parameter names are torchvision's.
+
+    forward: images [B, 3, H, W] -> the maps of the last `num_maps` residual layers, shallowest first.
+    """
+
+    def __init__(self, resnet: nn.Module, last_layer: str, num_maps: int) -> None:
+        super().__init__()
+        self.conv1 = resnet.conv1
+        self.bn1 = resnet.bn1
+        self.relu = resnet.relu
+        self.maxpool = resnet.maxpool
+        self.layer1 = resnet.layer1
+        self.layer2 = resnet.layer2
+        self.layer3 = resnet.layer3
+        self.layer4 = resnet.layer4 if last_layer == "layer4" else nn.Identity()
+        self.has_layer4 = last_layer == "layer4"
+        self.num_maps = num_maps
+
+    def forward(self, x: Tensor) -> List[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps = [self.layer1(x)]
+        maps.append(self.layer2(maps[-1]))
+        maps.append(self.layer3(maps[-1]))
+        if self.has_layer4:
+            maps.append(self.layer4(maps[-1]))
+        return maps[len(maps) - self.num_maps:]
+
+
+class BackboneBase(nn.Module):
+    """Runs a body over a NestedTensor and carries the padding mask along.
+
+    Args:
+        backbone: a ResNet with torchvision's attribute names.
+        train_backbone: whether layer2 and deeper train; the stem and layer1 never do.
+        num_channels: channels of the deepest map.
+        return_interm_layers: return the maps of all four layers instead of the deepest alone.
+        last_layer: "layer4", or "layer3" for a shallower backbone of stride 16.
+    """
+
+    def __init__(self, backbone: nn.Module, train_backbone: bool, num_channels: int, return_interm_layers: bool,
+                 last_layer: str = "layer4") -> None:
+        super().__init__()
+        for name, parameter in backbone.named_parameters():
+            if not train_backbone or not name.startswith(LAYERS[1:]):
+                parameter.requires_grad_(False)
+        depth = LAYERS.index(last_layer) + 1
+        self.body = ResNetBody(backbone, last_layer, num_maps=depth if return_interm_layers else 1)
+        self.num_channels = num_channels
+
+    def forward(self, tensor_list: NestedTensor) -> Dict[str, NestedTensor]:
+        """Images [B, 3, H, W] with mask -> feature maps with masks, keyed "0", "1", … from the shallowest returned."""
+        mask = tensor_list.mask
+        assert mask is not None
+        out: Dict[str, NestedTensor] = {}
+        for i, feature in enumerate(self.body(tensor_list.tensors)):
+            small_mask = F.interpolate(mask[None].float(), size=feature.shape[-2:])[0].to(torch.bool)
+            out[str(i)] = NestedTensor(feature, small_mask)
+        return out
+
+
+class Backbone(BackboneBase):
+    """A torchvision ResNet-18/34/50/101 with `FrozenBatchNorm2d`; weights start at random (see `load_backbone_weights`).
+
+    Args:
+        name: "resnet18", "resnet34", "resnet50" or "resnet101".
+        train_backbone, return_interm_layers, last_layer: see `BackboneBase`.
+        dilation: keep layer4 at stride 16 by dilating its convolutions (DC5; ResNet-50 and -101).
+
+    Raises:
+        InputError: for another name, or DC5 with a network that has no bottleneck blocks or no layer4.
+    """
+
+    def __init__(self, name: str, train_backbone: bool, return_interm_layers: bool, dilation: bool,
+                 last_layer: str = "layer4") -> None:
+        if name not in SUPERVISED_URLS:
+            raise InputError(f"--backbone {name} is not one of {', '.join(SUPERVISED_URLS)}")
+        if last_layer not in LAYERS[2:]:
+            raise InputError(f"--backbone_last_layer {last_layer} is not one of {', '.join(LAYERS[2:])}")
+        basic_blocks = name in ("resnet18", "resnet34")
+        if dilation and (basic_blocks or last_layer != "layer4"):
+            raise InputError("--dilation needs the layer4 of a resnet50 or resnet101")
+        resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d,
+                                                   replace_stride_with_dilation=[False, False, dilation])
+        num_channels = (512 if basic_blocks else 2048) // (1 if last_layer == "layer4" else 2)
+        super().__init__(resnet, train_backbone, num_channels, return_interm_layers, last_layer)
+
+
+class Joiner(nn.Sequential):
+    """Backbone and position encoding in a row; `num_channels` is the backbone's."""
+
+    def __init__(self, backbone: nn.Module, position_embedding: nn.Module) -> None:
+        super().__init__(backbone, position_embedding)
+        self.num_channels: int = getattr(backbone, "num_channels", 0)
+
+    def forward(self, tensor_list: NestedTensor) -> Tuple[List[NestedTensor], List[Tensor]]:
+        """Images -> feature maps with masks, shallowest first, and the position encoding [B, d, h, w] of each."""
+        features: List[NestedTensor] = []
+        positions: List[Tensor] = []
+        for feature in self[0](tensor_list).values():
+            features.append(feature)
+            positions.append(self[1](feature).to(feature.tensors.dtype))
+        return features, positions
+
+
+def backbone_state_dict(checkpoint: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The ResNet part of a classification, SwAV or detector checkpoint, under torchvision's names.
+
+    Unwraps `model` and `state_dict`, strips the prefixes of wrappers and detectors, and drops classification and
+    projection heads.
+    """
+    for wrapper in ("model", "state_dict"):
+        if isinstance(checkpoint.get(wrapper), dict):
+            checkpoint = checkpoint[wrapper]
+    prefixes = ("module.", "detr.", "backbone.0.", "body.", "backbone.")
+    tensors = {}
+    for name, value in checkpoint.items():
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+        if name.startswith(("conv1.", "bn1.", *(layer + "." for layer in LAYERS))):
+            tensors[name] = value
+    return tensors
+
+
+def load_backbone_weights(body: ResNetBody, source: str, name: str) -> None:
+    """Fill the body from `--load_backbone`: "supervised", "swav", "none", a file or a URL.
+
+    Raises:
+        InputError: if the source has no weights for this architecture, or isn't a ResNet checkpoint of the same kind.
+    """
+    if source == "none":
+        return
+    if source == "swav" and name != "resnet50":
+        raise InputError(f"--load_backbone swav: SwAV published a resnet50 only, not {name}; "
+                         "pass --load_backbone FILE, supervised or none")
+    location = {"supervised": SUPERVISED_URLS[name], "swav": SWAV_URL}.get(source, source)
+    with local_main_first():
+        checkpoint = load_checkpoint(location, flag="--load_backbone")
+    tensors = backbone_state_dict(checkpoint)
+    wanted = body.state_dict()
+    other_shape = sorted(key for key in wanted if key in tensors and tensors[key].shape != wanted[key].shape)
+    missing = sorted(key for key in wanted if key not in tensors)
+    if missing or other_shape:
+        raise InputError(f"--load_backbone {source} doesn't fit {name}: {len(missing)} tensors are missing and {len(other_shape)} "
+                         f"have another shape, first {(missing + other_shape)[0]}")
+    body.load_state_dict({key: tensors[key] for key in wanted})
+    print_main(f"backbone: {len(wanted)} tensors of {name} from {location}")
+
+
+def build_backbone(args: argparse.Namespace) -> Joiner:
+    """Backbone, its weights and the position encoding, as the flags say.
+
+    The backbone's weights are not looked for when a checkpoint that holds them is about to be loaded.
+    """
+    backbone = Backbone(args.backbone, train_backbone=args.lr_backbone > 0, return_interm_layers=args.masks,
+                        dilation=args.dilation, last_layer=args.backbone_last_layer)
+    if not (args.resume or args.pretrain or args.frozen_weights):
+        load_backbone_weights(backbone.body, args.load_backbone, args.backbone)
+    return Joiner(backbone, build_position_encoding(args))

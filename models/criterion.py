@@ -1,0 +1,149 @@
+"""The training loss: match predictions with targets, then compare each pair (Carion et al., 2020, sec. 3.1, eq. 2).
+
+The losses of all decoder layers are computed together, on tensors whose first dimension is the layer.
+"""
+from typing import Any, Callable, Dict, List, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.matcher import HungarianMatcher, Matching
+from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
+from util.distributed import get_world_size, reduce_sum
+from util.misc import accuracy
+
+
+def layer_names(name: str, num_layers: int) -> List[str]:
+    """Names under which a figure of each decoder layer is reported: `name_0`, `name_1`, …, and `name` for the last."""
+    return [f"{name}_{i}" for i in range(num_layers - 1)] + [name]
+
+
+def weights_for_layers(weights: Dict[str, float], num_layers: int) -> Dict[str, float]:
+    """The same loss weights for every decoder layer: {name: w} -> {name: w, name_0: w, …}."""
+    return {layer: weight for name, weight in weights.items() for layer in reversed(layer_names(name, num_layers))}
+
+
+class SetCriterion(nn.Module):
+    """DETR's loss, with UP-DETR's feature reconstruction.
+
+    Args:
+        num_classes: highest label + 1; the class index of "no object".
+        matcher: assigns targets to queries.
+        weight_dict: weight of each reported loss; the total is the weighted sum over the names in it.
+        eos_coef: weight of the no-object class in the classification loss (other classes: 1).
+        losses: which of "labels", "boxes", "cardinality", "feature" to compute.
+
+    Raises:
+        ValueError: for a loss of another name.
+    """
+
+    def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_dict: Dict[str, float], eos_coef: float,
+                 losses: Sequence[str]) -> None:
+        super().__init__()
+        unknown = sorted(set(losses) - set(self._losses()))
+        if unknown:
+            raise ValueError(f"unknown losses {', '.join(unknown)}; known are {', '.join(self._losses())}")
+        self.num_classes = num_classes
+        self.matcher = matcher
+        self.weight_dict = weight_dict
+        self.eos_coef = eos_coef
+        self.losses = list(losses)
+        empty_weight = torch.ones(num_classes + 1)
+        empty_weight[-1] = eos_coef
+        self.register_buffer("empty_weight", empty_weight)
+
+    def _losses(self) -> Dict[str, Callable[..., Dict[str, Tensor]]]:
+        return {"labels": self.loss_labels, "boxes": self.loss_boxes, "cardinality": self.loss_cardinality,
+                "feature": self.loss_feature}
+
+    def forward(self, outputs: Dict[str, Any], targets: Sequence[Dict[str, Tensor]]) -> Dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            outputs: `pred_logits` [B, N, C + 1], `pred_boxes` [B, N, 4] and what the losses need besides; `aux_outputs`
+                may hold the same of the earlier layers.
+            targets: for each image `labels` int64 [n], `boxes` cxcywh [n, 4] in 0..1.
+
+        Returns:
+            scalar tensors by name; figures of earlier layers end in `_0`, `_1`, ….
+
+        In training the normalisers are those of the whole batch over all processes, divided by the number of processes,
+        so that averaged gradients equal those of one process that holds the whole batch.
+        """
+        layers = [*outputs.get("aux_outputs", []), outputs]
+        stacked = {name: torch.stack([layer[name] for layer in layers]).float()
+                   for name in ("pred_logits", "pred_boxes", "pred_feature") if name in outputs}
+        if "gt_feature" in outputs:
+            stacked["gt_feature"] = outputs["gt_feature"].float()
+        matching = self.matcher.match_layers(stacked["pred_logits"], stacked["pred_boxes"], targets)
+        classes = self._target_classes(stacked["pred_logits"], targets, matching)
+        num_boxes, class_weight = self._normalisers(classes, targets)
+        per_layer: Dict[str, Tensor] = {}
+        for name in self.losses:
+            per_layer.update(self._losses()[name](stacked, targets, matching, classes=classes, num_boxes=num_boxes,
+                                                  class_weight=class_weight))
+        losses = {name: values[-1] for name, values in per_layer.items()}
+        for name, values in per_layer.items():
+            losses.update(zip(layer_names(name, len(values))[:-1], values[:-1]))
+        return losses
+
+    def loss_labels(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]], matching: Matching, *,
+                    classes: Tensor, class_weight: Tensor, **_: Tensor) -> Dict[str, Tensor]:
+        """`loss_ce` [L]: weighted mean cross-entropy of all queries; `class_error` [1]: % of the last layer's matched queries
+        whose best class is wrong (100 without any)."""
+        logits = stacked["pred_logits"]
+        entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.empty_weight, reduction="none")
+        loss = entropy.view(len(logits), -1).sum(1) / class_weight
+        image, query = matching.image[-1], matching.query[-1]
+        correct = accuracy(logits[-1, image, query].detach(), classes[-1, image, query])[0]
+        return {"loss_ce": loss, "class_error": (100 - correct)[None]}
+
+    def loss_boxes(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]], matching: Matching, *,
+                   num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
+        """`loss_bbox`, `loss_giou` [L]: L1 distance (cxcywh) and 1 - generalised IoU, summed over pairs, per object."""
+        predicted = self._matched(stacked["pred_boxes"], matching)
+        expected = torch.cat([target["boxes"] for target in targets]).float()[matching.target]
+        distance = (predicted - expected).abs().sum((1, 2))
+        giou = aligned_generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(expected))
+        return {"loss_bbox": distance / num_boxes, "loss_giou": (1 - giou).sum(1) / num_boxes}
+
+    @torch.no_grad()
+    def loss_cardinality(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]], matching: Matching,
+                         **_: Tensor) -> Dict[str, Tensor]:
+        """`cardinality_error` [L]: how far the number of queries that aren't "no object" is from the number of objects, on
+        average over images. Not a loss: it has no gradient."""
+        logits = stacked["pred_logits"]
+        found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(2)
+        present = torch.tensor([len(target["labels"]) for target in targets]).to(logits.device, non_blocking=True)
+        return {"cardinality_error": (found - present).abs().float().mean(1)}
+
+    def loss_feature(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]], matching: Matching, *,
+                     num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
+        """`loss_feature` [L]: squared distance of the L2-normalised reconstructed and true patch features, per patch
+        (Dai et al., 2021, eq. 4). Patch j of an image is its target j."""
+        predicted = F.normalize(self._matched(stacked["pred_feature"], matching), dim=-1)
+        expected = F.normalize(stacked["gt_feature"].flatten(0, 1), dim=-1)[matching.target]
+        return {"loss_feature": (predicted - expected).square().sum((1, 2)) / num_boxes}
+
+    def _matched(self, values: Tensor, matching: Matching) -> Tensor:
+        """Pick the matched queries of [L, B, N, d] -> [L, K, d]."""
+        layer = torch.arange(len(values), device=values.device)[:, None]
+        return values[layer, matching.image, matching.query]
+
+    def _target_classes(self, logits: Tensor, targets: Sequence[Dict[str, Tensor]], matching: Matching) -> Tensor:
+        """Class that each query should predict, int64 [L, B, N]."""
+        classes = torch.full(logits.shape[:3], self.num_classes, dtype=torch.int64, device=logits.device)
+        layer = torch.arange(len(logits), device=logits.device)[:, None]
+        labels = torch.cat([target["labels"] for target in targets])
+        classes[layer, matching.image, matching.query] = labels[matching.target]
+        return classes
+
+    def _normalisers(self, classes: Tensor, targets: Sequence[Dict[str, Tensor]]) -> Sequence[Tensor]:
+        """Number of objects (at least 1) and, per layer, the summed class weights; see `forward` for processes."""
+        num_boxes = torch.tensor([float(sum(len(target["labels"]) for target in targets))]).to(classes.device, non_blocking=True)
+        weights = self.empty_weight[classes].sum((1, 2))
+        sums = torch.cat([num_boxes, weights])
+        if self.training:
+            sums = reduce_sum(sums) / get_world_size()
+        return sums[0].clamp(min=1), sums[1:]

@@ -1,0 +1,117 @@
+"""DETR: a backbone, a transformer and two heads that predict a set of boxes (Carion et al., 2020, sec. 3)."""
+from typing import Dict, List
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.criterion import SetCriterion
+from util.box_ops import box_cxcywh_to_xyxy
+from util.misc import NestedTensor, nested_tensor_from_tensor_list
+
+__all__ = ["DETR", "MLP", "PostProcess", "SetCriterion"]
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them: input_dim -> hidden_dim (num_layers - 1 times) -> output_dim."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        self.layers = nn.ModuleList([nn.Linear(n, k) for n, k in zip(widths[:-1], widths[1:])])
+        self.num_layers = num_layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i < self.num_layers - 1:
+                x = F.relu(x)
+        return x
+
+
+class DETR(nn.Module):
+    """The detector.
+
+    Args:
+        backbone: a `Joiner`; transformer: a `Transformer`.
+        num_classes: highest label + 1; the no-object class comes after it.
+        num_queries: how many objects can be found in one image.
+        aux_loss: also return the predictions of the earlier decoder layers, as `aux_outputs`.
+    """
+
+    def __init__(self, backbone: nn.Module, transformer: nn.Module, num_classes: int, num_queries: int,
+                 aux_loss: bool = False) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.transformer = transformer
+        hidden_dim = transformer.d_model
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
+        self.backbone = backbone
+        self.aux_loss = aux_loss
+
+    def forward(self, samples: NestedTensor):
+        """Predict the objects of a batch.
+
+        Args:
+            samples: a NestedTensor, one tensor [B, 3, H, W], or a list of tensors [3, Hi, Wi]; normalised RGB.
+
+        Returns:
+            dict with `pred_logits` [B, N, num_classes + 1] and `pred_boxes` [B, N, 4], cxcywh in 0..1 of the padded image's
+            valid part; with `aux_loss` also `aux_outputs`, a list of the same two for each earlier decoder layer.
+        """
+        if isinstance(samples, (list, Tensor)):
+            samples = nested_tensor_from_tensor_list(samples)
+        decoded = self.decode(samples)
+        return self.predictions(decoded)
+
+    def decode(self, samples: NestedTensor) -> Tensor:
+        """Images -> decoder outputs [L, B, N, d]."""
+        features, positions = self.backbone(samples)
+        src, mask = features[-1].decompose()
+        return self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])[0]
+
+    def predictions(self, decoded: Tensor):
+        """Apply the heads to decoder outputs [L, B, N, d]; returns the dict that `forward` describes."""
+        if not self.aux_loss:
+            decoded = decoded[-1:]
+        logits = self.class_embed(decoded)
+        boxes = self.bbox_embed(decoded).sigmoid()
+        out = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+        if self.aux_loss:
+            out["aux_outputs"] = self._set_aux_loss(logits, boxes)
+        return out
+
+    @torch.jit.unused
+    def _set_aux_loss(self, logits: Tensor, boxes: Tensor):
+        # Without a return type TorchScript takes the list for a tensor, which lets it stand in a dict of tensors.
+        return [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits[:-1], boxes[:-1])]
+
+
+class PostProcess(nn.Module):
+    """Turn DETR's outputs into detections in COCO's terms."""
+
+    @torch.no_grad()
+    def forward(self, outputs: Dict[str, Tensor], target_sizes: Tensor) -> List[Dict[str, Tensor]]:
+        """Best real class of every query, boxes in pixels.
+
+        Args:
+            outputs: `pred_logits` [B, N, C + 1], `pred_boxes` [B, N, 4].
+            target_sizes: int64 [B, 2], (height, width) of each image to which boxes are scaled: the original's when evaluating.
+
+        Returns:
+            for each image a dict of `scores` [N] in 0..1, `labels` int64 [N], `boxes` [N, 4] as xyxy pixels.
+
+        Raises:
+            ValueError: if target_sizes isn't [B, 2].
+        """
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        if target_sizes.shape != (len(logits), 2):
+            raise ValueError(f"target_sizes must be [{len(logits)}, 2], got {list(target_sizes.shape)}")
+        scores, labels = logits.float().softmax(-1)[..., :-1].max(-1)
+        height, width = target_sizes.unbind(1)
+        scale = torch.stack([width, height, width, height], dim=1).to(boxes.dtype)
+        boxes = box_cxcywh_to_xyxy(boxes) * scale[:, None, :]
+        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
