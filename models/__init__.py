@@ -11,13 +11,16 @@ from models.detr import DETR, PostProcess
 from models.matcher import HungarianMatcher
 from models.transformer import build_transformer
 from models.updetr import UPDETR
+from util import recipes
 from util.errors import InputError
 
+# Highest label + 1 where no annotations have been read; `main.py` reads them.
+NUM_CLASSES = {"coco": 91, "voc": 21}
 PATCH_CLASSES = 2  # UP-DETR's labels: 1 for a patch; 0 is unused, 2 (no object) comes on top
 
 
 def build_model(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module, Dict[str, nn.Module]]:
-    """Build what the resolved flags describe (see `util.recipes`), on `args.device`.
+    """Build what the flags describe, on `args.device`; flags left open are resolved first (see `util.recipes`).
 
     Returns:
         the model, its criterion, and the post-processors by kind of result ("bbox").
@@ -25,6 +28,7 @@ def build_model(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module, Dict[st
     Raises:
         InputError: if flags contradict each other.
     """
+    recipes.resolve(args)
     pretraining = args.dataset_file == "imagenet"
     if pretraining and args.num_queries % args.num_patches:
         raise InputError(f"--num_queries {args.num_queries} is not a multiple of --num_patches {args.num_patches}")
@@ -39,7 +43,7 @@ def build_model(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module, Dict[st
             weights["loss_feature"] = 1.0
             losses.append("feature")
     else:
-        num_classes = args.num_classes
+        num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]
         model = DETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
     matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou,
                                args.num_queries // args.num_patches if pretraining and args.match_within_group else None)

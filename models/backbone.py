@@ -42,9 +42,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [B, n, H, W] channel by channel."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale.to(x.dtype).view(1, -1, 1, 1) + shift.to(x.dtype).view(1, -1, 1, 1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class ResNetBody(nn.Module):
@@ -201,8 +199,8 @@ def build_backbone(args: argparse.Namespace) -> Joiner:
 
     The backbone's weights are not looked for when a checkpoint that holds them is about to be loaded.
     """
-    backbone = Backbone(args.backbone, train_backbone=args.lr_backbone > 0, return_interm_layers=args.masks,
+    backbone = Backbone(args.backbone, train_backbone=args.lr_backbone > 0, return_interm_layers=False,
                         dilation=args.dilation, last_layer=args.backbone_last_layer)
-    if not (args.resume or args.pretrain or args.frozen_weights):
+    if not (args.resume or args.pretrain):
         load_backbone_weights(backbone.body, args.load_backbone, args.backbone)
     return Joiner(backbone, build_position_encoding(args))

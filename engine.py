@@ -1,0 +1,185 @@
+"""The loops: one epoch of training, evaluation of detections, and evaluation of a pre-training."""
+import contextlib
+import math
+import os
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from datasets.coco_eval import CocoEvaluator
+from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
+from util.checkpoint import save_checkpoint
+from util.misc import MetricLogger, SmoothedValue, is_main_process, print_main, reduce_dict
+
+PRINT_FREQ = 10
+PATCH_LABEL = 1
+
+
+def to_device(batch: Sequence[Any], device: torch.device) -> Tuple[List[Any], List[Dict[str, Tensor]]]:
+    """Move a collated batch (inputs…, targets) to the device."""
+    *inputs, targets = batch
+    inputs = [item.to(device, non_blocking=True) for item in inputs]
+    return inputs, [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets]
+
+
+def weighted_sum(losses: Dict[str, Tensor], weights: Dict[str, float]) -> Tensor:
+    """The total loss: every loss that has a weight, times it."""
+    return sum(losses[name] * weights[name] for name in losses if name in weights)
+
+
+def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
+                    device: torch.device, epoch: int, max_norm: float = 0, *, accumulate_steps: int = 1,
+                    amp_dtype: Optional[torch.dtype] = None,
+                    scaler: Optional["torch.amp.GradScaler"] = None) -> Dict[str, float]:
+    """Train over the loader once.
+
+    Args:
+        max_norm: the gradient norm over all parameters is clipped to it; 0 for no clipping.
+        accumulate_steps: batches whose averaged gradients make one optimizer step.
+        amp_dtype: run the model under autocast in this type; matching and losses stay in float32.
+        scaler: loss scaler for float16.
+
+    Returns:
+        averages over the epoch and all processes, by name.
+
+    Raises:
+        FloatingPointError: if the loss, or a prediction at matching, isn't finite.
+
+    The device is waited for once a step, at the matching (`models.matcher`), and besides only when a line is printed.
+    """
+    model.train()
+    criterion.train()
+    logger = MetricLogger(delimiter="  ")
+    logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    logger.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    length = len(data_loader)
+    optimizer.zero_grad(set_to_none=True)
+    for step, batch in enumerate(logger.log_every(data_loader, PRINT_FREQ, f"Epoch: [{epoch}]")):
+        inputs, targets = to_device(batch, device)
+        group_start = step - step % accumulate_steps
+        group_size = min(accumulate_steps, length - group_start)
+        last_of_group = step == group_start + group_size - 1
+        postpone = isinstance(model, nn.parallel.DistributedDataParallel) and not last_of_group
+        with model.no_sync() if postpone else contextlib.nullcontext():
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                outputs = model(*inputs)
+            losses = criterion(outputs, targets)  # waits for the device: the matching is solved on the host
+            scaler.scale(weighted_sum(losses, criterion.weight_dict) / group_size).backward()
+        if last_of_group:
+            scaler.unscale_(optimizer)
+            if max_norm > 0:
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            scaler.step(optimizer)  # with float16 on a GPU this waits too, to see whether gradients overflowed
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        _log(logger, reduce_dict(losses), criterion.weight_dict)
+        logger.update(lr=optimizer.param_groups[0]["lr"])
+        if step % PRINT_FREQ == 0 or step == length - 1:
+            _require_finite(logger, epoch, step)  # waits for the device, where a line is printed anyway
+    logger.synchronize_between_processes()
+    print_main("Averaged stats:", logger)
+    return logger.averages()
+
+
+def _log(logger: MetricLogger, losses: Dict[str, Tensor], weights: Dict[str, float]) -> None:
+    """Record losses: weighted under their names, as they are with `_unscaled`."""
+    logger.update(loss=weighted_sum(losses, weights), class_error=losses["class_error"])
+    logger.update(**{name: value * weights[name] for name, value in losses.items() if name in weights})
+    logger.update(**{f"{name}_unscaled": value for name, value in losses.items() if name != "class_error"})
+
+
+def _require_finite(logger: MetricLogger, epoch: int, step: int) -> None:
+    if not math.isfinite(logger.loss.global_avg):
+        terms = [name for name, meter in logger.meters.items() if name.startswith("loss_") and not name.endswith("_unscaled")
+                 and not math.isfinite(meter.global_avg)]
+        raise FloatingPointError(f"the loss became infinite or NaN in epoch {epoch}, within the {PRINT_FREQ} steps "
+                                 f"up to step {step}: {', '.join(terms)}")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, nn.Module], data_loader: Iterable,
+             base_ds: Any, device: torch.device, output_dir: Optional[str] = None, *,
+             amp_dtype: Optional[torch.dtype] = None) -> Tuple[Dict[str, Any], CocoEvaluator]:
+    """Evaluate detections by COCO's measures.
+
+    Args:
+        model: the model itself, not its DistributedDataParallel wrapper: processes may have unequal shares of the images.
+        base_ds: the COCO ground truth of the data set (`datasets.get_coco_api_from_dataset`).
+        output_dir: if given, pycocotools' precision and recall tables go to `eval/latest.pth` in it.
+
+    Returns:
+        averages by name, with the twelve COCO numbers as `coco_eval_bbox`, and the evaluator.
+    """
+    model.eval()
+    criterion.eval()
+    logger = MetricLogger(delimiter="  ")
+    logger.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    evaluator = CocoEvaluator(base_ds, tuple(postprocessors))
+    for batch in logger.log_every(data_loader, PRINT_FREQ, "Test:"):
+        inputs, targets = to_device(batch, device)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            outputs = model(*inputs)
+        _log(logger, criterion(outputs, targets), criterion.weight_dict)
+        original_sizes = torch.stack([target["orig_size"] for target in targets])
+        detections = postprocessors["bbox"](outputs, original_sizes)
+        evaluator.update({int(target["image_id"]): found for target, found in zip(targets, detections)})
+    logger.synchronize_between_processes()
+    print_main("Averaged stats:", logger)
+    evaluator.synchronize_between_processes()
+    evaluator.accumulate()
+    evaluator.summarize()
+    stats: Dict[str, Any] = logger.averages()
+    stats["coco_eval_bbox"] = [float(number) for number in evaluator.coco_eval["bbox"].stats]
+    if output_dir and is_main_process():
+        tables = evaluator.coco_eval["bbox"].eval
+        save_checkpoint({name: torch.from_numpy(tables[name]) for name in ("precision", "recall", "scores")},
+                        os.path.join(output_dir, "eval", "latest.pth"))
+    return stats, evaluator
+
+
+@torch.no_grad()
+def evaluate_patches(model: nn.Module, data_loader: Iterable, device: torch.device) -> Dict[str, float]:
+    """Measure whether a pre-trained UP-DETR finds the patch that it is shown.
+
+    For each patch the box of its most confident query is compared with the place the patch came from; then the same is done
+    while showing patches of another image (`control_patches` of the targets). A model that ignores its patch scores the
+    same on both.
+
+    Returns:
+        `patch_iou`, `control_iou` in 0..1 (means over all patches) and `patch_iou50`, `control_iou50`, the shares of
+        patches whose IoU is above 0.5.
+    """
+    model.eval()
+    logger = MetricLogger(delimiter="  ")
+    for batch in logger.log_every(data_loader, PRINT_FREQ, "Test:"):
+        (samples, patches), targets = to_device(batch, device)
+        control = torch.stack([target["control_patches"] for target in targets])
+        expected = torch.stack([target["boxes"] for target in targets])
+        for name, shown in (("patch", patches), ("control", control)):
+            outputs = model(samples, shown)
+            iou = aligned_iou(box_cxcywh_to_xyxy(most_confident_boxes(outputs, shown.shape[1])[0]),
+                              box_cxcywh_to_xyxy(expected))[0]
+            logger.meters[f"{name}_iou"].update(iou.mean(), n=iou.numel())
+            logger.meters[f"{name}_iou50"].update((iou > 0.5).float().mean(), n=iou.numel())
+    logger.synchronize_between_processes()
+    stats = logger.averages()
+    print_main("Patches found: mean IoU {patch_iou:.3f}, above 0.5 {patch_iou50:.3f}; control with patches of another image: "
+               "mean IoU {control_iou:.3f}, above 0.5 {control_iou50:.3f}".format(**stats))
+    return stats
+
+
+def most_confident_boxes(outputs: Dict[str, Tensor], num_patches: int) -> Tuple[Tensor, Tensor]:
+    """Of each patch's group of queries the box that is most surely the patch.
+
+    Args:
+        outputs: of UPDETR, for k = num_patches patches.
+
+    Returns:
+        cxcywh boxes [B, k, 4] and confidences [B, k] in 0..1.
+    """
+    confidence = outputs["pred_logits"].float().softmax(-1)[..., PATCH_LABEL].unflatten(1, (num_patches, -1))
+    boxes = outputs["pred_boxes"].unflatten(1, (num_patches, -1))
+    best, query = confidence.max(-1)
+    return boxes.gather(2, query[..., None, None].expand(-1, -1, 1, 4))[:, :, 0], best

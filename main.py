@@ -1,0 +1,273 @@
+"""Train and evaluate DETR and UP-DETR. Which of them is a matter of the data set and the flags; see README.md."""
+import argparse
+import datetime
+import resource
+import time
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names
+from datasets.pretext import PretextDataset
+from engine import evaluate, evaluate_patches, train_one_epoch
+from models import build_model
+from util import recipes
+from util.checkpoint import load_checkpoint, load_model_strictly, load_pretrained
+from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, print_main, shutdown
+from util.errors import InputError, run_program
+from util.misc import collate_fn
+from util.training_state import TrainingState, append_log, find_resume, open_log
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags. A default of None is filled in by `util.recipes`, which knows what each training's published program used."""
+    parser = argparse.ArgumentParser("DETR and UP-DETR", add_help=False, allow_abbrev=False)
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", default=1e-4, type=float)
+    group.add_argument("--lr_backbone", type=float, help="0 freezes the backbone (1e-5; pre-training: as --lr)")
+    group.add_argument("--batch_size", default=2, type=int, help="images per process")
+    group.add_argument("--weight_decay", default=1e-4, type=float)
+    group.add_argument("--epochs", type=int, help="300; pre-training: 60")
+    group.add_argument("--lr_drop", type=int, help="epochs after which both rates fall to a tenth (200; pre-training: 40)")
+    group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient norm to clip to; 0 for no clipping")
+    group.add_argument("--accumulate_steps", default=1, type=int, help="batches per optimizer step")
+    group.add_argument("--amp", choices=sorted(AMP_TYPES), help="mixed precision; matching and losses stay in float32")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
+    group.add_argument("--backbone_last_layer", default="layer4", choices=("layer3", "layer4"),
+                       help="layer3 cuts the ResNet there: stride 16, for small images")
+    group.add_argument("--load_backbone", help="supervised, swav, none, a file or a URL (supervised; pre-training: swav)")
+    group.add_argument("--dilation", action="store_true", help="dilate layer4 instead of striding it (DC5)")
+    group.add_argument("--position_embedding", default="sine", choices=("sine", "learned"))
+    group.add_argument("--enc_layers", default=6, type=int)
+    group.add_argument("--dec_layers", default=6, type=int)
+    group.add_argument("--dim_feedforward", default=2048, type=int)
+    group.add_argument("--hidden_dim", default=256, type=int)
+    group.add_argument("--dropout", default=0.1, type=float)
+    group.add_argument("--nheads", default=8, type=int)
+    group.add_argument("--num_queries", default=100, type=int)
+    group.add_argument("--pre_norm", action="store_true")
+    group.add_argument("--num_classes", type=int, help="highest label + 1 (read from the annotations)")
+
+    group = parser.add_argument_group("UP-DETR pre-training")
+    group.add_argument("--num_patches", type=int, help="patches to find in an image (10); divides --num_queries")
+    group.add_argument("--feature_recon", action="store_true", default=None, help="also reconstruct the patches' features")
+    group.add_argument("--query_shuffle", action="store_true", default=None, help="shuffle the query embeddings")
+    group.add_argument("--fre_cnn", action="store_true", default=None, help="freeze the backbone")
+    group.add_argument("--match_within_group", action="store_true", default=None,
+                       help="a patch may only be matched to the queries it was added to (beyond the paper)")
+    group.add_argument("--patch_size", type=int, help="side in pixels to which patches are resized (128)")
+    group.add_argument("--min_patch", type=int, help="least side of a patch in the image, in pixels (8)")
+    group.add_argument("--max_patch", type=int, help="largest side of a patch (the image's side less --min_patch)")
+    group.add_argument("--pretrain_sizes", type=int, nargs="+", help="short sides to choose from (320 … 480, step 16)")
+    group.add_argument("--pretrain_max_size", type=int, help="largest long side (600)")
+
+    group = parser.add_argument_group("loss and matching")
+    group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses of earlier decoder layers")
+    group.add_argument("--set_cost_class", default=1, type=float)
+    group.add_argument("--set_cost_bbox", default=5, type=float)
+    group.add_argument("--set_cost_giou", default=2, type=float)
+    group.add_argument("--bbox_loss_coef", default=5, type=float)
+    group.add_argument("--giou_loss_coef", default=2, type=float)
+    group.add_argument("--eos_coef", type=float, help="weight of the no-object class (0.1; pre-training: patches / queries)")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_file", choices=tuple(recipes.RECIPES), help="by default what the given path says")
+    group.add_argument("--coco_path", help="folder with train2017/, val2017/ and annotations/")
+    group.add_argument("--voc_path", help="the VOCdevkit folder, with VOC2007/ and VOC2012/")
+    group.add_argument("--imagenet_path", help="folder tree of images to pre-train on")
+    group.add_argument("--imagenet_val_path", help="folder tree of held-out images to evaluate a pre-training on")
+    group.add_argument("--held_out_share", type=float, help="share of --imagenet_path's images to hold out for that (0)")
+    group.add_argument("--remove_difficult", action="store_true", default=None, help="VOC: don't train on difficult objects")
+    group.add_argument("--train_sizes", type=int, nargs="+", help="short sides to choose from (480 … 800, step 32)")
+    group.add_argument("--crop_resizes", type=int, nargs="+", help="short sides before the random crop (400 500 600)")
+    group.add_argument("--crop_sizes", type=int, nargs=2, help="smallest and largest side of that crop (384 600)")
+    group.add_argument("--val_size", type=int, help="short side in evaluation (800)")
+    group.add_argument("--max_size", type=int, help="largest long side (1333)")
+    group.add_argument("--num_workers", type=int, help="loading processes (2; pre-training: 16; at most one per CPU)")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="", help="folder for checkpoints and log.txt; empty writes nothing")
+    group.add_argument("--device", help="cuda if there is one, else cpu")
+    group.add_argument("--seed", default=42, type=int)
+    group.add_argument("--resume", default="", help="checkpoint (file or URL) to continue or evaluate; auto: --output_dir's")
+    group.add_argument("--pretrain", default="", help="checkpoint (file or URL) whose weights to start from")
+    group.add_argument("--start_epoch", default=0, type=int)
+    group.add_argument("--eval", action="store_true", help="evaluate only")
+    group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations")
+    group.add_argument("--world_size", default=1, type=int, help="number of processes; set by the launcher")
+    group.add_argument("--dist_url", default="env://", help="how the processes find each other")
+    group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
+    return parser
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW over two groups: everything but the backbone, and the backbone at its own rate."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [{"params": [parameter for name, parameter in trained if not name.startswith("backbone.")]},
+              {"params": [parameter for name, parameter in trained if name.startswith("backbone.")], "lr": args.lr_backbone}]
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+
+
+def build_train_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
+    """Shuffled batches of equal size, shared out among processes; an incomplete last batch is left out."""
+    sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=args.seed)
+    if len(sampler) < args.batch_size:
+        raise InputError(f"--batch_size {args.batch_size} is more than the {len(sampler)} training images of each process")
+    return _loader(dataset, BatchSampler(sampler, args.batch_size, drop_last=True), args)
+
+
+def build_val_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
+    """Every image once, in order. Whole batches go to the processes in turn, so that what is padded together, and with it
+    every result, doesn't depend on the number of processes."""
+    order = list(range(len(dataset)))
+    batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    return _loader(dataset, batches[get_rank()::get_world_size()], args)
+
+
+def _loader(dataset: Any, batches: Any, args: argparse.Namespace) -> DataLoader:
+    # Its own generator: the loader then takes nothing from the one that dropout uses.
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=args.num_workers,
+                      pin_memory=torch.device(args.device).type == "cuda", generator=torch.Generator().manual_seed(args.seed))
+
+
+class Evaluation:
+    """What is evaluated and how: detections on annotated images, or patches on held-out images."""
+
+    def __init__(self, args: argparse.Namespace, criterion: nn.Module, postprocessors: Dict[str, nn.Module]) -> None:
+        self.args, self.criterion, self.postprocessors = args, criterion, postprocessors
+        self.dataset = build_dataset("val", args)
+        self.loader = build_val_loader(self.dataset, args)
+        self.device = torch.device(args.device)
+
+    def run(self, model: nn.Module) -> Tuple[Dict[str, Any], float]:
+        """Evaluate; returns the figures and the one by which models are compared."""
+        if self.args.dataset_file == "imagenet":
+            stats = evaluate_patches(model, self.loader, self.device)
+            return stats, stats["patch_iou"] - stats["control_iou"]
+        stats, evaluator = evaluate(model, self.criterion, self.postprocessors, self.loader,
+                                    get_coco_api_from_dataset(self.dataset), self.device, self.args.output_dir,
+                                    amp_dtype=AMP_TYPES.get(self.args.amp))
+        if self.args.eval:
+            _print_per_class(evaluator.per_class())
+        return stats, stats["coco_eval_bbox"][0]
+
+
+def _print_per_class(results: Dict[str, Any]) -> None:
+    width = max((len(name) for name in results), default=0)
+    for name, (ap, ap50) in results.items():
+        print_main(f"{name:{width}}  AP {100 * ap:5.1f}  AP50 {100 * ap50:5.1f}")
+
+
+def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluation: Optional[Evaluation],
+          args: argparse.Namespace) -> None:
+    """The epochs from `state.epoch` to the last; `model` is `state.model` or its DistributedDataParallel wrapper."""
+    dataset = build_dataset("train", args)
+    loader = build_train_loader(dataset, args)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print_main(f"number of trained parameters: {n_parameters}; {len(dataset)} training images, {len(loader)} steps an epoch")
+    if args.output_dir and is_main_process():
+        open_log(args.output_dir, state.epoch)
+    start = time.perf_counter()
+    for epoch in range(state.epoch, args.epochs):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        dataset.set_epoch(epoch)
+        train_stats = train_one_epoch(model, criterion, loader, state.optimizer, torch.device(args.device), epoch,
+                                      args.clip_max_norm, accumulate_steps=args.accumulate_steps,
+                                      amp_dtype=AMP_TYPES.get(args.amp), scaler=state.scaler)
+        state.lr_scheduler.step()
+        test_stats: Dict[str, Any] = {}
+        files = ["checkpoint.pth"]
+        if (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0:
+            files.append(f"checkpoint{epoch:04}.pth")
+        if evaluation and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
+            test_stats, figure = evaluation.run(state.model)
+            if state.best is None or figure > state.best:
+                state.best = figure
+                files.append("checkpoint_best.pth")
+        if args.output_dir:
+            state.save(args, epoch, files)
+        line = {**{f"train_{name}": value for name, value in train_stats.items()},
+                **{f"test_{name}": value for name, value in test_stats.items()}, **_unreadable(dataset),
+                "epoch": epoch, "n_parameters": n_parameters}
+        if args.output_dir and is_main_process():
+            append_log(args.output_dir, line)
+    seconds = int(time.perf_counter() - start)
+    print_main(f"Training time {datetime.timedelta(seconds=seconds)}, largest memory {largest_memory_mb():.0f} MB")
+
+
+def _unreadable(dataset: Any) -> Dict[str, int]:
+    """How many files of a pretext data set could not be read so far by any process, for the log."""
+    if not isinstance(dataset, PretextDataset):
+        return {}
+    unreadable = dataset.gather_unreadable()
+    if unreadable:
+        print_main(f"{len(unreadable)} unreadable images were replaced so far: {', '.join(unreadable[:5])}"
+                   + (", …" if len(unreadable) > 5 else ""))
+    return {"unreadable_images": len(unreadable)}
+
+
+def largest_memory_mb() -> float:
+    """Most memory this process has held: on the GPU if it used one, else in the host."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+
+
+def initial_weights(state: TrainingState, args: argparse.Namespace) -> None:
+    """Load what the run starts from: a checkpoint to continue or evaluate, else another model's weights, else nothing."""
+    if args.resume:
+        checkpoint = load_checkpoint(args.resume)
+        if args.eval:
+            load_model_strictly(state.model, checkpoint, args.resume)
+        else:
+            state.resume(checkpoint, args.resume, args.lr_drop)
+    elif args.pretrain:
+        load_pretrained(state.model, load_checkpoint(args.pretrain, flag="--pretrain"), args.pretrain)
+    elif args.eval:
+        raise InputError("--eval needs a model to evaluate: --resume FILE_OR_URL")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what the flags describe: evaluation, or training with evaluations in between."""
+    recipes.resolve(args)
+    recipes.require_data(args)
+    init_distributed_mode(args)
+    args.resume = find_resume(args)
+    class_names: Dict[int, str] = {}
+    if args.dataset_file != "imagenet":
+        args.num_classes, class_names = num_classes_and_names(args)
+    print_main(recipes.describe(args))
+    device = torch.device(args.device)
+
+    torch.manual_seed(args.seed)
+    model, criterion, postprocessors = build_model(args)
+    optimizer = build_optimizer(model, args)
+    state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
+                          torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch)
+    torch.manual_seed(args.seed + get_rank())  # from here on processes draw their own dropout
+    initial_weights(state, args)
+
+    held_out = args.dataset_file != "imagenet" or args.imagenet_val_path or args.held_out_share or args.eval
+    evaluation = Evaluation(args, criterion, postprocessors) if held_out else None
+    if args.eval:
+        evaluation.run(model)
+    else:
+        wrapped = model
+        if args.distributed:
+            # Buffers are constants here (frozen batch norms, masks): nothing to broadcast.
+            wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+                                                          device_ids=[args.gpu] if device.type == "cuda" else None)
+        train(state, wrapped, criterion, evaluation, args)
+    shutdown()
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser("DETR training and evaluation", parents=[get_args_parser()]).parse_args()
+    run_program(lambda: main(arguments))

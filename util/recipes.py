@@ -1,0 +1,88 @@
+"""Which defaults belong to which training: the one table in which the published programs' differences are written down."""
+import argparse
+import os
+from typing import Any, Callable, Dict, Union
+
+import torch
+
+from util.errors import InputError
+
+Default = Union[Any, Callable[[argparse.Namespace], Any]]
+
+
+_LABELLED: Dict[str, Default] = {
+    "epochs": 300, "lr_drop": 200, "lr_backbone": 1e-5, "eos_coef": 0.1, "num_workers": 2,
+    "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False,
+}
+
+
+# By --dataset_file: the defaults of flags that were not given. A function computes its value from the other flags.
+# Values: DETR's and UP-DETR's published programs; no-match weight M/N: UP-DETR, sec. 4.1.
+RECIPES: Dict[str, Dict[str, Default]] = {
+    "coco": _LABELLED,
+    "voc": _LABELLED,
+    "imagenet": {
+        "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
+        "num_patches": 10, "feature_recon": False, "query_shuffle": False, "fre_cnn": False, "match_within_group": False,
+        "patch_size": 128, "min_patch": 8, "held_out_share": 0.0,
+        "lr_backbone": lambda args: 0.0 if args.fre_cnn else args.lr,
+        "eos_coef": lambda args: args.num_patches / args.num_queries,
+    },
+}
+NAMES = {"coco": "DETR on COCO-format data", "voc": "DETR on Pascal VOC", "imagenet": "UP-DETR pre-training"}
+
+# Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
+FLAGS_OF = {
+    "coco_path": ("coco",), "voc_path": ("voc",), "remove_difficult": ("voc",), "num_classes": ("coco", "voc"),
+    **{name: ("imagenet",) for name in (
+        "imagenet_path", "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
+        "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
+    **{name: ("coco", "voc") for name in ("train_sizes", "val_size", "max_size", "crop_resizes", "crop_sizes")},
+}
+REQUIRED_PATH = {"coco": "coco_path", "voc": "voc_path", "imagenet": "imagenet_path"}
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in every flag whose default depends on the training or on the machine. Flags that were given stay as they are.
+
+    Does nothing to what is already resolved. Data paths are not required here (see `require_data`).
+
+    Raises:
+        InputError: if flags contradict each other or don't belong to this training.
+    """
+    if args.dataset_file is None:
+        args.dataset_file = "imagenet" if args.imagenet_path else "voc" if args.voc_path else "coco"
+    if not getattr(args, "resolved", False):
+        for name, datasets in FLAGS_OF.items():
+            if getattr(args, name) is not None and args.dataset_file not in datasets:
+                raise InputError(f"--{name} has no effect with --dataset_file {args.dataset_file}; "
+                                 f"it belongs to {' and '.join(datasets)}")
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: this machine has no usable CUDA device; pass --device cpu")
+    for name, default in RECIPES[args.dataset_file].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default(args) if callable(default) else default)
+            if name == "num_workers":
+                args.num_workers = min(args.num_workers, _available_cpus())
+    args.resolved = True
+    return args
+
+
+def require_data(args: argparse.Namespace) -> None:
+    """Raise InputError unless the flag that says where the data set lies was given."""
+    flag = REQUIRED_PATH[args.dataset_file]
+    if not getattr(args, flag):
+        raise InputError(f"--{flag} is missing: where is the data set? (--coco_path, --voc_path, or --imagenet_path for "
+                         "pre-training)")
+
+
+def _available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe(args: argparse.Namespace) -> str:
+    """The training's name and all flags with their resolved values, for the start of the log."""
+    flags = "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if name != "resolved")
+    return f"{NAMES[args.dataset_file]}\n{flags}"
