@@ -1,0 +1,52 @@
+"""Data sets: labelled images (COCO, VOC), unlabelled images for pre-training, and how they are evaluated."""
+from __future__ import annotations
+
+import argparse
+
+from pycocotools.coco import COCO
+from torch.utils.data import Dataset, Subset
+
+from datasets import coco, pretext, voc
+from util.errors import InputError
+
+__all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names"]
+
+# `--dataset_file` to the module that builds it.
+_DATASETS = {"coco": coco, "voc": voc, "imagenet": pretext}
+
+
+def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
+    """Builds the data set that `args.dataset_file` ("coco", "voc" or "imagenet") names.
+
+    Args:
+        image_set: "train" or "val".
+        args: parsed flags; each module's `build` says which ones it reads.
+
+    Raises:
+        InputError: the name is unknown, or the data is missing or wrong.
+    """
+    return _module(args).build(image_set, args)
+
+
+def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
+    """Returns the number of classes a model for `args` needs, and the name of each class label that has one.
+
+    `args.num_classes` overrides the number; otherwise it is the highest label of the training annotations + 1.
+
+    Raises:
+        InputError: the data set's name is unknown, or its annotations are missing or broken.
+    """
+    return _module(args).num_classes_and_names(args)
+
+
+def get_coco_api_from_dataset(dataset: Dataset) -> COCO | None:
+    """Returns the ground truth of a labelled data set, also inside a `Subset`; None for unlabelled images."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "coco", None)
+
+
+def _module(args: argparse.Namespace):
+    if args.dataset_file not in _DATASETS:
+        raise InputError(f"--dataset_file {args.dataset_file} is not one of {', '.join(_DATASETS)}")
+    return _DATASETS[args.dataset_file]

@@ -1,0 +1,149 @@
+"""COCO's measures of detections, exact under any number of processes."""
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from pycocotools import mask as mask_codec
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from datasets.coco import class_names, index_ground_truth
+from util.distributed import all_gather, is_main_process, print_main
+
+__all__ = ["CocoEvaluator"]
+
+IOU_TYPES = ("bbox", "segm")
+
+
+class CocoEvaluator:
+    """Collects detections, brings those of all processes together and evaluates them once with pycocotools.
+
+    Only images that were given to `update` count. Objects of the ground truth with `difficult: 1` (Pascal VOC) are
+    ignored: finding them is neither right nor wrong.
+
+    Args:
+        coco_gt: ground truth.
+        iou_types: any of "bbox" and "segm".
+
+    Attributes:
+        coco_eval: by IoU type, pycocotools' object; its `stats` are there after `summarize`.
+
+    Raises:
+        ValueError: an IoU type is unknown.
+    """
+
+    def __init__(self, coco_gt: COCO, iou_types: Sequence[str]) -> None:
+        for iou_type in iou_types:
+            if iou_type not in IOU_TYPES:
+                raise ValueError(f"unknown IoU type {iou_type!r}, expected one of {', '.join(IOU_TYPES)}")
+        self.coco_gt = coco_gt
+        self.iou_types = list(iou_types)
+        self.coco_eval = {iou_type: _Evaluation(coco_gt, iouType=iou_type) for iou_type in iou_types}
+        self._detections: dict[int, dict[str, list]] = {}
+
+    def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
+        """Adds detections; those of an image that already has some are passed over.
+
+        Args:
+            predictions: by image id, `scores` [n] in 0..1, `labels` int64 [n], `boxes` [n, 4] (x0, y0, x1, y1 in pixels
+                of the original image) for "bbox", `masks` [n, H, W] or [n, 1, H, W] (above 0.5 inside; of the original
+                image's size) for "segm".
+
+        Raises:
+            ValueError: an image id is not in the ground truth.
+        """
+        for image_id, found in predictions.items():
+            if image_id not in self.coco_gt.imgs:
+                raise ValueError(f"image id {image_id} is not in the ground truth")
+            if image_id not in self._detections:
+                self._detections[image_id] = self._pack(found)
+
+    def synchronize_between_processes(self) -> None:
+        """Brings the detections of all processes together on each of them; every process must call this."""
+        merged: dict[int, dict[str, list]] = {}
+        for detections in all_gather(self._detections):
+            for image_id, found in detections.items():
+                merged.setdefault(image_id, found)
+        self._detections = merged
+
+    def accumulate(self) -> None:
+        """Matches the detections with the ground truth, and computes precision and recall at every threshold."""
+        image_ids = sorted(self._detections)
+        for iou_type, evaluation in self.coco_eval.items():
+            evaluation.cocoDt = self._as_coco(iou_type)
+            evaluation.params.imgIds = image_ids
+            with contextlib.redirect_stdout(io.StringIO()):
+                evaluation.evaluate()
+                evaluation.accumulate()
+
+    def summarize(self) -> None:
+        """Computes the 12 numbers (`coco_eval[iou_type].stats`) on every process, and prints them on the main one."""
+        for iou_type, evaluation in self.coco_eval.items():
+            print_main(f"IoU metric: {iou_type}")
+            with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO()):
+                evaluation.summarize()
+
+    def per_class(self, iou_type: str = "bbox") -> dict[str, tuple[float, float]]:
+        """Returns AP and AP50 (0..1) of each class by its name, -1 for classes without objects; after `accumulate`."""
+        evaluation = self.coco_eval[iou_type]
+        precision = evaluation.eval["precision"][..., 0, -1]  # thresholds, recalls, classes; all areas, most detections
+        names = class_names(self.coco_gt.dataset)
+        at_50 = int(np.flatnonzero(np.isclose(evaluation.params.iouThrs, 0.5))[0])
+        return {
+            names[category]: (_mean(precision[:, :, position]), _mean(precision[at_50, :, position]))
+            for position, category in enumerate(evaluation.params.catIds)
+        }
+
+    def _pack(self, found: dict[str, Tensor]) -> dict[str, list]:
+        """Turns the detections of one image into plain numbers, as small as they can travel between processes."""
+        packed = {"category_id": found["labels"].tolist(), "score": found["scores"].double().tolist()}
+        if "bbox" in self.iou_types:
+            boxes = found["boxes"].double().cpu().clone()
+            boxes[:, 2:] -= boxes[:, :2]
+            packed["bbox"] = boxes.tolist()
+        if "segm" in self.iou_types:
+            masks = (found["masks"] > 0.5).cpu().flatten(0, -3).numpy().astype(np.uint8)
+            packed["segmentation"] = mask_codec.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
+        return packed
+
+    def _as_coco(self, iou_type: str) -> COCO:
+        """Makes the pycocotools object of the detections, as `COCO.loadRes` would (which fails when there are none)."""
+        field = "bbox" if iou_type == "bbox" else "segmentation"
+        annotations: list[dict] = []
+        for image_id, found in sorted(self._detections.items()):
+            for category, score, shape in zip(found["category_id"], found["score"], found[field]):
+                area = shape[2] * shape[3] if iou_type == "bbox" else float(mask_codec.area(shape))
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category,
+                                    "score": score, field: shape, "area": area, "iscrowd": 0})
+        return index_ground_truth({**self.coco_gt.dataset, "annotations": annotations})
+
+
+class _Evaluation(COCOeval):
+    """pycocotools' evaluation that ignores difficult objects and leaves the ground truth as it was."""
+
+    def _prepare(self) -> None:
+        ground_truth = self.cocoGt
+        self.cocoGt = copy.copy(ground_truth)
+        self.cocoGt.anns = {key: dict(annotation) for key, annotation in ground_truth.anns.items()}
+        super()._prepare()
+        self.cocoGt = ground_truth
+        # pycocotools takes a match with annotation id 0 for no match: these private copies are counted from 1.
+        for number, annotation in enumerate(_flatten(self._gts.values()), start=1):
+            annotation["id"] = number
+            # super() has just set `ignore` to `iscrowd`; unlike a crowd, a difficult object keeps the usual IoU.
+            annotation["ignore"] = annotation["ignore"] or annotation.get("difficult", 0)
+
+
+def _flatten(groups: Iterable[list[dict]]) -> Iterable[dict]:
+    return (item for group in groups for item in group)
+
+
+def _mean(precision: np.ndarray) -> float:
+    """Mean over the recall points that exist (others hold -1), or -1 if none does."""
+    precision = precision[precision > -1]
+    return float(precision.mean()) if precision.size else -1.0

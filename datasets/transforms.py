@@ -1,0 +1,248 @@
+"""Image transforms that treat an image, its boxes and its masks together.
+
+A transform is called as `transform(image, target, rng)`. The image is uint8 [3, H, W] until `Normalize`; the target is
+a dict whose `boxes` are absolute x0, y0, x1, y1 until `Normalize` makes them relative cx, cy, w, h; all randomness
+comes from `rng`, a `numpy.random.Generator`, so that a sample can be made to depend on (seed, epoch, index) alone.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from datasets.image_io import pil_to_rgb_tensor
+from util.box_ops import box_xyxy_to_cxcywh
+
+__all__ = [
+    "IMAGENET_MEAN", "IMAGENET_STD", "Compose", "Normalize", "RandomHorizontalFlip", "RandomResize", "RandomSelect",
+    "RandomSizeCrop", "crop", "hflip", "normalize_image", "remove_objects", "resize", "resize_to",
+    "resized_size", "sample_rng",
+]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Transform = Callable[[Tensor, "dict | None", np.random.Generator], "tuple[Tensor, dict | None]"]
+
+_OBJECT_FIELDS = ("boxes", "labels", "area", "iscrowd", "masks")
+# Bytes to normalised floats in one multiply-add: (x / 255 - mean) / std = x * scale + offset.
+_SCALE = 1 / (255 * torch.tensor(IMAGENET_STD)).view(3, 1, 1)
+_OFFSET = -(torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)).view(3, 1, 1)
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """Returns the random source of one sample, a function of the three numbers alone.
+
+    Args:
+        seed: seed of the run.
+        epoch: epoch number, at least 0.
+        index: index of the image in its data set, at least 0.
+    """
+    return np.random.default_rng((seed % 2**64, epoch, index))
+
+
+def resized_size(height: int, width: int, size: int, max_size: int | None = None) -> tuple[int, int]:
+    """DETR's size rule: the short side becomes `size`, or less where the long side would pass `max_size`.
+
+    Args:
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        size: wanted short side in pixels.
+        max_size: largest long side in pixels; None for no limit.
+
+    Returns:
+        The new (height, width).
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = round(max_size * short / long)
+    size = max(size, 1)
+    other = int(size * long / short)
+    return (size, other) if height <= width else (other, size)
+
+
+def resize(image: Tensor, target: dict | None, size: int, max_size: int | None = None) -> tuple[Tensor, dict | None]:
+    """Resizes image, boxes, areas and masks by `resized_size` (antialiased bilinear; nearest for masks).
+
+    Args:
+        image: uint8 [3, H, W].
+        target: dict with absolute `boxes`, or None.
+        size: wanted short side in pixels.
+        max_size: largest long side in pixels; None for no limit.
+    """
+    old_height, old_width = image.shape[-2:]
+    new_size = list(resized_size(old_height, old_width, size, max_size))
+    if new_size == [old_height, old_width]:
+        return image, target
+    image = resize_to(image, new_size)
+    if target is None:
+        return image, None
+    target = _apply_to_geometry(target, (old_height, old_width), lambda x: F.resize(x, new_size))
+    if "area" in target:
+        target["area"] = target["area"] * (new_size[0] / old_height * (new_size[1] / old_width))
+    target["size"] = torch.tensor(new_size)
+    return image, target
+
+
+def resize_to(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Resizes an image, uint8 [3, H, W], to `size` (height, width), bilinear and antialiased."""
+    return F.resize(image, list(size), antialias=True)
+
+
+def crop(image: Tensor, target: dict | None, region: tuple[int, int, int, int]) -> tuple[Tensor, dict | None]:
+    """Cuts a region; boxes are clipped to it, areas become those of the clipped boxes, vanished objects are dropped.
+
+    Args:
+        image: uint8 [3, H, W].
+        target: dict with absolute `boxes`, or None.
+        region: (top, left, height, width) in pixels, inside the image.
+    """
+    canvas = tuple(image.shape[-2:])
+    image = F.crop(image, *region)
+    if target is None:
+        return image, None
+    target = _apply_to_geometry(target, canvas, lambda x: F.crop(x, *region))
+    target["size"] = torch.tensor(region[2:])
+    if "boxes" in target:
+        sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+        if "area" in target:
+            target["area"] = sides.prod(1)
+        remove_objects(target, (sides > 0).all(1))
+    return image, target
+
+
+def hflip(image: Tensor, target: dict | None) -> tuple[Tensor, dict | None]:
+    """Mirrors image, boxes and masks left to right."""
+    canvas = tuple(image.shape[-2:])
+    image = F.horizontal_flip(image)
+    return image, None if target is None else _apply_to_geometry(target, canvas, F.horizontal_flip)
+
+
+def remove_objects(target: dict, keep: Tensor) -> None:
+    """Keeps, in place, only the objects of `target` where `keep` (bool [n]) is true, in all per-object fields."""
+    if not bool(keep.all()):
+        for name in _OBJECT_FIELDS:
+            if name in target:
+                target[name] = target[name][keep]
+
+
+def normalize_image(image: Tensor) -> Tensor:
+    """Turns bytes into floats with ImageNet's mean 0 and deviation 1.
+
+    Args:
+        image: uint8 [..., 3, H, W].
+
+    Returns:
+        float32 of the same shape, contiguous.
+    """
+    # Planes are made contiguous while they are still bytes: four times cheaper than doing it as floats.
+    return image.contiguous().float().mul_(_SCALE).add_(_OFFSET)
+
+
+class Compose:
+    """Runs transforms one after the other; the entry point for callers outside.
+
+    Args:
+        transforms: callables `(image, target, rng) -> (image, target)`.
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(
+        self, image: Tensor | PIL.Image.Image, target: dict | None = None, rng: np.random.Generator | None = None
+    ) -> tuple[Tensor, dict | None]:
+        """Transforms one image and its target; the target given is left unchanged.
+
+        Args:
+            image: Pillow image of any mode, or uint8 [3, H, W].
+            target: dict with absolute x0, y0, x1, y1 `boxes` [n, 4] and optionally `labels`, `area`, `iscrowd` [n],
+                `masks` [n, H, W]; or None.
+            rng: random source; None takes one seeded from torch's global generator.
+        """
+        if isinstance(image, PIL.Image.Image):
+            image = pil_to_rgb_tensor(image)
+        if rng is None:
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        target = None if target is None else dict(target)
+        for transform in self.transforms:
+            image, target = transform(image, target, rng)
+        return image, target
+
+
+class RandomHorizontalFlip:
+    """Mirrors with probability `p`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        self.p = p
+
+    def __call__(self, image: Tensor, target: dict | None, rng: np.random.Generator) -> tuple[Tensor, dict | None]:
+        return hflip(image, target) if rng.random() < self.p else (image, target)
+
+
+class RandomResize:
+    """Resizes the short side to one of `sizes`, the long side at most `max_size` (pixels; None for no limit)."""
+
+    def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
+        self.sizes = list(sizes)
+        self.max_size = max_size
+
+    def __call__(self, image: Tensor, target: dict | None, rng: np.random.Generator) -> tuple[Tensor, dict | None]:
+        return resize(image, target, self.sizes[rng.integers(len(self.sizes))], self.max_size)
+
+
+class RandomSizeCrop:
+    """Cuts a random rectangle with sides uniform in `min_size`..`max_size` pixels, or up to the image where it is
+    smaller."""
+
+    def __init__(self, min_size: int, max_size: int) -> None:
+        self.min_size = min_size
+        self.max_size = max_size
+
+    def __call__(self, image: Tensor, target: dict | None, rng: np.random.Generator) -> tuple[Tensor, dict | None]:
+        sides = [self._side(length, rng) for length in image.shape[-2:]]
+        corner = [int(rng.integers(0, length - side, endpoint=True)) for length, side in zip(image.shape[-2:], sides)]
+        return crop(image, target, (*corner, *sides))
+
+    def _side(self, length: int, rng: np.random.Generator) -> int:
+        largest = min(length, self.max_size)
+        return int(rng.integers(min(self.min_size, largest), largest, endpoint=True))
+
+
+class RandomSelect:
+    """Runs `first` with probability `p`, else `second`."""
+
+    def __init__(self, first: Transform, second: Transform, p: float = 0.5) -> None:
+        self.first = first
+        self.second = second
+        self.p = p
+
+    def __call__(self, image: Tensor, target: dict | None, rng: np.random.Generator) -> tuple[Tensor, dict | None]:
+        return (self.first if rng.random() < self.p else self.second)(image, target, rng)
+
+
+class Normalize:
+    """Ends a pipeline: the image becomes normalised float32, boxes become cx, cy, w, h in 0..1."""
+
+    def __call__(self, image: Tensor, target: dict | None, rng: np.random.Generator) -> tuple[Tensor, dict | None]:
+        height, width = image.shape[-2:]
+        if target is not None and "boxes" in target:
+            scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+            target = {**target, "boxes": box_xyxy_to_cxcywh(target["boxes"]) / scale}
+        return normalize_image(image), target
+
+
+def _apply_to_geometry(target: dict, canvas: tuple[int, int], operation: Callable[[Tensor], Tensor]) -> dict:
+    """Returns a copy of `target` with torchvision's `operation` applied to boxes and masks on an image of `canvas`."""
+    target = dict(target)
+    if "boxes" in target:
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=canvas)
+        target["boxes"] = operation(boxes).as_subclass(Tensor)
+    if "masks" in target:
+        target["masks"] = operation(tv_tensors.Mask(target["masks"])).as_subclass(Tensor)
+    return target

@@ -1,0 +1,196 @@
+"""Pascal VOC, read directly from its development kit: VOCdevkit/VOC2007 and VOCdevkit/VOC2012."""
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.coco import DetectionDataset, check_ground_truth, make_coco_transforms, transform_sizes
+from util.distributed import print_main
+from util.errors import InputError
+
+__all__ = ["VOC_CLASSES", "VocDetection", "build", "num_classes_and_names"]
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)
+# The image lists of the usual protocol: trainval of both years to train, the test part of 2007 to evaluate.
+_PARTS = {"train": (("VOC2007", "trainval"), ("VOC2012", "trainval")), "val": (("VOC2007", "test"),)}
+
+
+@dataclass(frozen=True)
+class _Object:
+    name: str
+    box: tuple[float, float, float, float]
+    difficult: bool
+
+
+@dataclass(frozen=True)
+class _Picture:
+    file_name: str
+    annotation: Path
+    objects: tuple[_Object, ...]
+
+
+def build(image_set: str, args: argparse.Namespace) -> "VocDetection":
+    """Builds the VOC data set of `args` (`voc_path`, `eval`, `remove_difficult`, `seed`, `num_classes`, the sizes).
+
+    Args:
+        image_set: "train" (trainval of 2007 and 2012) or "val" (test of 2007).
+        args: parsed flags.
+
+    Raises:
+        InputError: something in the folder is missing or wrong, or masks are asked for.
+    """
+    if getattr(args, "masks", False):
+        raise InputError("--masks needs COCO annotations: --dataset_file voc has boxes only")
+    num_classes, names = num_classes_and_names(args)
+    transforms = make_coco_transforms(image_set, **transform_sizes(args))
+    return VocDetection(_root(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,
+                        remove_difficult=bool(args.remove_difficult) and image_set == "train")
+
+
+def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
+    """Returns the number of classes a model for `args` needs, and the class name of each label, from 1 up.
+
+    The labels are VOC's 20 classes in alphabetic order. If the training annotations hold any other name, the set is
+    taken for one of the user's own in VOC's layout, and the labels are the names found there, sorted.
+
+    Raises:
+        InputError: the folder or a file in it is missing or broken.
+    """
+    root = _root(args)
+    image_set = "val" if args.eval and not any(path.is_file() for path in _lists("train", root)) else "train"
+    names = _class_names(root, image_set)
+    return args.num_classes or len(names) + 1, dict(enumerate(names, start=1))
+
+
+class VocDetection(DetectionDataset):
+    """Images and boxes of a VOCdevkit; samples as in `DetectionDataset`.
+
+    Boxes are those of the XML files with the left and upper edge one pixel lower (VOC counts pixels from 1 and includes
+    the last one). In `coco`, objects marked difficult carry `difficult: 1`, which `CocoEvaluator` ignores. The sizes in
+    the XML files are not used, since some of VOC2012's are wrong.
+
+    Args:
+        root: the VOCdevkit folder.
+        image_set: "train" or "val".
+        transforms: callable `(image, target, rng)`, or None.
+        names: class name of each label.
+        seed: seed of the run.
+        num_classes: number of classes of the model; None for the highest label + 1.
+        remove_difficult: leave difficult objects out of the targets.
+
+    Raises:
+        InputError: names the file that is missing or wrong.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        image_set: str,
+        transforms: Callable | None,
+        names: dict[int, str],
+        *,
+        seed: int = 0,
+        num_classes: int | None = None,
+        remove_difficult: bool = False,
+    ) -> None:
+        root = Path(root)
+        ground_truth = _as_coco(_read_pictures(root, image_set), names)
+        check_ground_truth(ground_truth, root, num_classes or max(names) + 1)
+        super().__init__(root, ground_truth, root, transforms, seed=seed, remove_difficult=remove_difficult)
+
+
+def _as_coco(pictures: tuple[_Picture, ...], names: dict[int, str]) -> dict:
+    """Turns pictures into a COCO dict; image ids count from 1 in the order of the lists."""
+    labels = {name: label for label, name in names.items()}
+    images, annotations = [], []
+    for image_id, picture in enumerate(pictures, start=1):
+        images.append({"id": image_id, "file_name": picture.file_name})
+        for item in picture.objects:
+            if item.name not in labels:
+                raise InputError(f"{picture.annotation} has an object of class {item.name!r}, which training lacks")
+            x0, y0, x1, y1 = item.box
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image_id, "category_id": labels[item.name],
+                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0,
+                "difficult": int(item.difficult),
+            })
+    categories = [{"id": label, "name": name} for label, name in names.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _lists(image_set: str, root: Path) -> list[Path]:
+    """Returns the paths of the image lists of an image set."""
+    return [root / year / "ImageSets" / "Main" / f"{part}.txt" for year, part in _PARTS[image_set]]
+
+
+@functools.lru_cache(maxsize=2)
+def _read_pictures(root: Path, image_set: str) -> tuple[_Picture, ...]:
+    """Reads all annotations of an image set; remembered, since their class names are wanted before their boxes."""
+    lists = _lists(image_set, root)
+    if not any(path.is_file() for path in lists):
+        raise InputError(f"--voc_path {root} has no {' or '.join(str(path.relative_to(root)) for path in lists)}")
+    pictures: list[_Picture] = []
+    for path in lists:
+        year = path.parents[2]
+        if not path.is_file():
+            print_main(f"VOC {image_set}: no images of {year.name}, {path} does not exist")
+            continue
+        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        pictures += [_read_picture(year, name) for name in names]
+        print_main(f"VOC {image_set}: {len(names)} images of {year.name} ({path.stem})")
+    if not pictures:
+        raise InputError(f"the image lists {', '.join(map(str, lists))} name no images")
+    return tuple(pictures)
+
+
+@functools.lru_cache(maxsize=2)
+def _class_names(root: Path, image_set: str) -> tuple[str, ...]:
+    """Returns VOC's class names, or those of the user's own set."""
+    found = {item.name for picture in _read_pictures(root, image_set) for item in picture.objects}
+    if found <= set(VOC_CLASSES):
+        return VOC_CLASSES
+    names = tuple(sorted(found))
+    print_main(f"{root} does not have VOC's 20 classes but its own {len(names)}: {', '.join(names)}")
+    return names
+
+
+def _read_picture(folder: Path, name: str) -> _Picture:
+    path = folder / "Annotations" / f"{name}.xml"
+    try:
+        tree = ElementTree.parse(path)
+    except FileNotFoundError as error:
+        raise InputError(f"annotation file {path} does not exist") from error
+    except ElementTree.ParseError as error:
+        raise InputError(f"annotation file {path} is not valid XML ({error})") from error
+    objects = tuple(_read_object(element, path) for element in tree.getroot().findall("object"))
+    return _Picture(f"{folder.name}/JPEGImages/{name}.jpg", path, objects)
+
+
+def _read_object(element: ElementTree.Element, path: Path) -> _Object:
+    name = (element.findtext("name") or "").strip()
+    if not name:
+        raise InputError(f"annotation file {path} has an object without a name")
+    try:
+        x0, y0, x1, y1 = (float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"annotation file {path} has an object {name!r} without four numbers in bndbox") from error
+    if not (x1 >= x0 and y1 >= y0):
+        raise InputError(f"annotation file {path} has an object {name!r} whose box ends before it begins")
+    return _Object(name, (x0 - 1, y0 - 1, x1, y1), (element.findtext("difficult") or "0").strip() == "1")
+
+
+def _root(args: argparse.Namespace) -> Path:
+    if not args.voc_path:
+        raise InputError("--voc_path is needed: the VOCdevkit folder that holds VOC2007 and VOC2012")
+    root = Path(args.voc_path)
+    if not root.is_dir():
+        raise InputError(f"--voc_path {root} does not exist")
+    return root
