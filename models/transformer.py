@@ -171,7 +171,7 @@ class Transformer(nn.Module):
     """Encoder over the flattened feature map, decoder from object queries; see the module's text.
 
     Args:
-        d_model: width; nhead: attention heads; activation: "relu", "gelu" or "glu".
+        d_model: width; nhead: attention heads; activation: "relu" or "gelu".
         normalize_before: pre-norm residual blocks (`--pre_norm`).
         return_intermediate_dec: return the output of every decoder layer, for auxiliary losses.
     """
@@ -223,7 +223,7 @@ def _clones(module: nn.Module, count: int) -> nn.ModuleList:
 
 
 def _activation(name: str) -> nn.Module:
-    activations = {"relu": nn.ReLU, "gelu": nn.GELU, "glu": nn.GLU}
+    activations = {"relu": nn.ReLU, "gelu": nn.GELU}
     if name not in activations:
         raise ValueError(f"activation {name!r} is not one of {', '.join(activations)}")
     return activations[name]()

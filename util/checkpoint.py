@@ -90,6 +90,7 @@ def save_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # a temporary file is private, a checkpoint isn't
         os.replace(temporary, path)
         _fsync_folder(folder)
     except (OSError, RuntimeError) as error:
@@ -98,6 +99,12 @@ def save_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
     finally:
         if temporary and os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _fsync_folder(folder: str) -> None:

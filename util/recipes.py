@@ -37,7 +37,7 @@ FLAGS_OF = {
     **{name: ("imagenet",) for name in (
         "imagenet_path", "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
         "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
-    **{name: ("coco", "voc") for name in ("train_sizes", "val_size", "max_size", "crop_resizes", "crop_sizes")},
+    **{name: ("coco", "voc") for name in ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
 }
 REQUIRED_PATH = {"coco": "coco_path", "voc": "voc_path", "imagenet": "imagenet_path"}
 
@@ -59,7 +59,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
                                  f"it belongs to {' and '.join(datasets)}")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError as error:
+        raise InputError(f"--device {args.device} is not a device; use cuda, cuda:1 or cpu") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: this machine has no usable CUDA device; pass --device cpu")
     for name, default in RECIPES[args.dataset_file].items():
         if getattr(args, name) is None:

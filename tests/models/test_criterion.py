@@ -1,0 +1,206 @@
+"""Losses against numbers worked out by hand, their normalisers and gradients, and all layers at once against one by one."""
+import math
+
+import pytest
+import torch
+
+from models.criterion import SetCriterion, weights_for_layers
+from models.matcher import HungarianMatcher, Matching
+from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
+
+
+def make_criterion(num_classes=2, eos_coef=0.5, losses=("labels", "boxes", "cardinality"), num_layers=1, matcher=None):
+    matcher = matcher or HungarianMatcher(1, 5, 2)
+    weights = weights_for_layers({"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}, num_layers)
+    return SetCriterion(num_classes, matcher, weights, eos_coef, losses)
+
+
+def outputs_of(probabilities, boxes):
+    """Outputs whose softmax is `probabilities` [B][N][C + 1]."""
+    return {"pred_logits": torch.tensor(probabilities).log().requires_grad_(), "pred_boxes": torch.tensor(boxes).requires_grad_()}
+
+
+def target_of(labels, boxes):
+    return {"image_id": torch.tensor([1]), "labels": torch.tensor(labels, dtype=torch.int64),
+            "boxes": torch.tensor(boxes).reshape(-1, 4)}
+
+
+def one_image():
+    """Query 0 lies inside the target's box and prefers its class 0; query 1 is far away and prefers "no object"."""
+    outputs = outputs_of([[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]], [[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]])
+    return outputs, [target_of([0], [[0.5, 0.5, 0.4, 0.4]])]
+
+
+def value(loss):
+    return pytest.approx(loss, rel=1e-5, abs=1e-7)
+
+
+def test_one_image_by_hand():
+    losses = make_criterion()(*one_image())
+    # Weighted mean: the object's query has weight 1, the other 0.5, and their sum divides.
+    assert losses["loss_ce"].item() == value((math.log(2) + 0.5 * -math.log(0.6)) / 1.5)
+    # Width and height differ by 0.2 each.
+    assert losses["loss_bbox"].item() == value(0.4)
+    # The smaller box (0.04) lies inside the larger (0.16), which is also the hull: GIoU = IoU = 0.25.
+    assert losses["loss_giou"].item() == value(0.75)
+    # One query isn't "no object", and there is one object.
+    assert losses["cardinality_error"].item() == 0
+    assert losses["class_error"].item() == 0
+
+
+def test_two_images_one_of_them_empty_by_hand():
+    outputs = outputs_of([[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]], [[0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]],
+                         [[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]], [[0.5, 0.5, 0.1, 0.1], [0.2, 0.2, 0.1, 0.1]]])
+    targets = [target_of([1, 1], [[0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]]), target_of([], [])]
+    losses = make_criterion(eos_coef=0.1)(outputs, targets)
+    # Image 1: both queries are matched, to class 1 (p = 0.25, 0.2). Image 2: both should say "no object" (p = 0.1, 0.4).
+    expected = (-math.log(0.25) - math.log(0.2) - 0.1 * math.log(0.1) - 0.1 * math.log(0.4)) / (1 + 1 + 0.1 + 0.1)
+    assert losses["loss_ce"].item() == value(expected)
+    assert losses["loss_bbox"].item() == value(0.4 / 2), "two objects"
+    assert losses["loss_giou"].item() == value(0.75 / 2)
+    # Image 1: one query isn't "no object", there are two objects: 1 off. Image 2: one and none: 1 off.
+    assert losses["cardinality_error"].item() == 1
+    # Best classes of the matched queries are 0 and 2: both wrong.
+    assert losses["class_error"].item() == 100
+
+
+def test_disjoint_boxes_by_hand():
+    # [0, 0.2]² and [0.6, 1]²: no overlap, union 0.04 + 0.16, hull 1: GIoU = 0 - (1 - 0.2) / 1.
+    outputs = outputs_of([[[0.9, 0.05, 0.05]]], [[[0.1, 0.1, 0.2, 0.2]]])
+    losses = make_criterion()(outputs, [target_of([0], [[0.8, 0.8, 0.4, 0.4]])])
+    assert losses["loss_giou"].item() == value(1.8)
+    assert losses["loss_bbox"].item() == value(0.7 + 0.7 + 0.2 + 0.2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_without_any_object(training):
+    outputs = outputs_of([[[0.3, 0.3, 0.4]], [[0.1, 0.1, 0.8]]], [[[0.5, 0.5, 0.2, 0.2]], [[0.5, 0.5, 0.1, 0.1]]])
+    losses = make_criterion().train(training)(outputs, [target_of([], []), target_of([], [])])
+    assert losses["class_error"].item() == 100
+    assert losses["loss_bbox"].item() == losses["loss_giou"].item() == 0
+    # All weights are the no-object weight, which the weighted mean cancels.
+    assert losses["loss_ce"].item() == value((-math.log(0.4) - math.log(0.8)) / 2)
+    (losses["loss_bbox"] + losses["loss_giou"] + losses["loss_ce"]).backward()
+    assert torch.equal(outputs["pred_boxes"].grad, torch.zeros(2, 1, 4)), "present, for DDP, and zero"
+    assert outputs["pred_logits"].grad.abs().sum() > 0
+
+
+def random_layers(num_layers, sizes, num_queries=6, num_classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    layers = [{"pred_logits": torch.randn(len(sizes), num_queries, num_classes + 1, generator=generator),
+               "pred_boxes": torch.rand(len(sizes), num_queries, 4, generator=generator) * 0.4 + 0.1} for _ in range(num_layers)]
+    targets = [{"labels": torch.randint(0, num_classes, (n,), generator=generator),
+                "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.1} for n in sizes]
+    return layers, targets
+
+
+@pytest.mark.parametrize("sizes", [[2, 0, 5], [0, 0], [7, 1]], ids=str)
+def test_all_layers_at_once_equal_each_layer_alone(sizes):
+    layers, targets = random_layers(4, sizes)
+    criterion = make_criterion(num_classes=4, eos_coef=0.1)
+    together = criterion({**layers[-1], "aux_outputs": layers[:-1]}, targets)
+    for i, layer in enumerate(layers):
+        suffix = "" if i == len(layers) - 1 else f"_{i}"
+        alone = criterion(layer, targets)
+        for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"):
+            torch.testing.assert_close(together[name + suffix], alone[name])
+    torch.testing.assert_close(together["class_error"], criterion(layers[-1], targets)["class_error"])
+    assert "class_error_0" not in together
+
+
+def test_order_of_images_does_not_matter():
+    layers, targets = random_layers(2, [2, 0, 5])
+    order = [2, 0, 1]
+    criterion = make_criterion(num_classes=4)
+    shuffled = [{name: tensor[order] for name, tensor in layer.items()} for layer in layers]
+    first = criterion({**layers[1], "aux_outputs": layers[:1]}, targets)
+    second = criterion({**shuffled[1], "aux_outputs": shuffled[:1]}, [targets[i] for i in order])
+    for name in first:
+        torch.testing.assert_close(first[name], second[name])
+
+
+def test_auxiliary_weights_are_the_same_for_every_layer():
+    assert weights_for_layers({"loss_ce": 1, "loss_bbox": 5}, 3) == {
+        "loss_ce": 1, "loss_bbox": 5, "loss_ce_0": 1, "loss_bbox_0": 5, "loss_ce_1": 1, "loss_bbox_1": 5}
+    assert weights_for_layers({"loss_ce": 1}, 1) == {"loss_ce": 1}
+
+
+def test_losses_wait_for_the_device_only_at_the_matching(host_reads):
+    layers, targets = random_layers(6, [2, 0, 5])
+    criterion = make_criterion(num_classes=4)
+    with host_reads:
+        criterion({**layers[-1], "aux_outputs": layers[:-1]}, targets)
+    assert not host_reads.waited
+
+
+def test_feature_loss_by_hand():
+    """One image, two patches, three queries; query 2 finds patch 0 and query 0 finds patch 1."""
+    criterion = make_criterion(losses=("labels", "boxes", "feature"))
+    boxes = [[0.8, 0.8, 0.1, 0.1], [0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.1, 0.1]]
+    outputs = outputs_of([[[0.1, 0.8, 0.1]] * 3], [boxes])
+    outputs["pred_feature"] = torch.tensor([[[2.0, 0.0], [5.0, 5.0], [3.0, 4.0]]]).requires_grad_()
+    outputs["gt_feature"] = torch.tensor([[[1.0, 0.0], [7.0, 0.0]]])
+    losses = criterion(outputs, [target_of([1, 1], [boxes[2], boxes[0]])])
+    # Patch 0: (3, 4) / 5 = (0.6, 0.8) against (1, 0): 0.4² + 0.8² = 0.8. Patch 1: (2, 0) and (7, 0) have one direction: 0.
+    assert losses["loss_feature"].item() == value(0.8 / 2)
+    losses["loss_feature"].backward()
+    assert torch.equal(outputs["pred_feature"].grad[0, 1], torch.zeros(2)), "an unmatched query reconstructs nothing"
+    assert outputs["pred_feature"].grad[0, 2].abs().sum() > 0
+
+
+def test_feature_loss_takes_each_image_and_layer_its_own():
+    generator = torch.Generator().manual_seed(5)
+    layers, _ = random_layers(3, [2, 2], num_classes=2)
+    for layer in layers:
+        layer["pred_feature"] = torch.randn(2, 6, 8, generator=generator)
+    gt_feature = torch.randn(2, 2, 8, generator=generator)
+    targets = [{"labels": torch.ones(2, dtype=torch.int64), "boxes": torch.rand(2, 4, generator=generator) * 0.4 + 0.1}
+               for _ in range(2)]
+    criterion = make_criterion(losses=("feature",))
+    losses = criterion({**layers[2], "aux_outputs": layers[:2], "gt_feature": gt_feature}, targets)
+    for layer, name in zip(layers, ("loss_feature_0", "loss_feature_1", "loss_feature")):
+        total = 0.0
+        for image, (query, target) in enumerate(criterion.matcher(layer, targets)):
+            # |a - b|² = 2 - 2 cos for unit vectors.
+            cosine = torch.cosine_similarity(layer["pred_feature"][image, query], gt_feature[image, target], dim=-1)
+            total += (2 - 2 * cosine).sum().item()
+        assert losses[name].item() == value(total / 4)
+
+
+def test_box_losses_pass_gradcheck():
+    """Numerical against analytic derivatives in float64, for overlapping, nested and disjoint boxes."""
+    criterion = make_criterion()
+    predicted = torch.tensor([[[[0.42, 0.51, 0.31, 0.22], [0.5, 0.5, 0.1, 0.1], [0.15, 0.2, 0.11, 0.13]]]], dtype=torch.float64)
+    targets = [{"labels": torch.zeros(3, dtype=torch.int64),
+                "boxes": torch.tensor([[0.5, 0.45, 0.3, 0.25], [0.51, 0.52, 0.6, 0.7], [0.8, 0.75, 0.2, 0.3]])}]
+    index = torch.tensor([[0, 1, 2]])
+    matching = Matching(image=torch.zeros_like(index), query=index, target=index)
+
+    def losses_of(boxes):
+        losses = criterion.loss_boxes({"pred_boxes": boxes}, targets, matching, num_boxes=torch.tensor(3.0))
+        return losses["loss_bbox"], losses["loss_giou"]
+
+    assert torch.autograd.gradcheck(losses_of, predicted.requires_grad_())
+
+
+def test_generalized_iou_passes_gradcheck():
+    generator = torch.Generator().manual_seed(2)
+    boxes = torch.rand(2, 30, 4, generator=generator, dtype=torch.float64) * 0.5 + 0.1
+    assert torch.autograd.gradcheck(lambda a, b: aligned_generalized_iou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b)),
+                                    (boxes[0].requires_grad_(), boxes[1].clone().requires_grad_()))
+
+
+def test_losses_are_float32_under_autocast():
+    outputs, targets = one_image()
+    halves = {name: tensor.detach().bfloat16() for name, tensor in outputs.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = make_criterion()(halves, targets)
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    expected = make_criterion()({name: tensor.float() for name, tensor in halves.items()}, targets)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name])
+
+
+def test_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="unknown losses dice; known are labels, boxes, cardinality, feature"):
+        make_criterion(losses=("labels", "dice"))

@@ -1,0 +1,119 @@
+"""Published checkpoints fit: names and shapes of every tensor, what trains, the losses and their weights."""
+import pytest
+import torch
+
+from main import get_args_parser
+from models import build_model
+from util.checkpoint import load_model_strictly, load_pretrained
+
+DETECTORS = ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5", "detr_resnet50_pre_norm",
+             "detr_resnet50_learned_pos", "detr_resnet50_no_aux", "detr_resnet50_voc", "updetr_finetune"]
+PRETRAINING = ["updetr_pretrain", "updetr_pretrain_no_recon", "updetr_pretrain_train_cnn"]
+
+
+# Recorded arguments of the originals that have no flag here: they concern masks and losses of other systems.
+ELSEWHERE = {"masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef", "cls_loss_coef"}
+
+
+def published_args(published, name, **changes):
+    """Flags of a published model. Classes aren't a flag in the originals: the size of the class weights tells them."""
+    facts = published["models"][name]
+    recorded = {**published["models"]["detr_resnet50"]["args"], **facts["args"]}
+    recorded["dataset_file"] = recorded["dataset_file"].lower()
+    args = get_args_parser().parse_args(["--load_backbone", "none"])
+    if recorded["dataset_file"] != "imagenet":
+        args.num_classes = facts["criterion_state"]["empty_weight"][0] - 1
+    for flag, value in {**recorded, **changes}.items():
+        if flag not in ELSEWHERE:
+            assert hasattr(args, flag), f"no flag --{flag}"
+            setattr(args, flag, value)
+    return args
+
+
+def published_shapes(published, name):
+    facts = published["models"][name]
+    shapes = dict(published_shapes(published, facts["like"])) if facts["like"] else {}
+    for key in facts["remove"]:
+        del shapes[key]
+    return {**shapes, **facts["add"]}
+
+
+def build_without_memory(args):
+    args.device = "meta"
+    with torch.device("meta"):
+        return build_model(args)
+
+
+def shapes_of(module):
+    return {name: list(value.shape) for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", DETECTORS + PRETRAINING)
+def test_model_equals_the_published_one(published, name):
+    facts = published["models"][name]
+    model, criterion, postprocessors = build_without_memory(published_args(published, name))
+
+    assert shapes_of(model) == published_shapes(published, name)
+    assert len(model.state_dict()) == facts["n_keys"]
+    parameters = dict(model.named_parameters())
+    assert sum(parameter.numel() for parameter in parameters.values()) == facts["n_parameters"]
+    assert sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad) == facts["n_trainable"]
+    assert sorted(key for key, parameter in parameters.items() if not parameter.requires_grad) == sorted(facts["frozen"])
+    assert shapes_of(criterion) == facts["criterion_state"]
+    assert criterion.weight_dict == facts["weight_dict"]
+    assert list(postprocessors) == ["bbox"]
+
+
+@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", "updetr_pretrain", "updetr_pretrain_no_recon"])
+def test_losses_are_reported_under_the_published_names(published, images, targets, name):
+    small = dict(backbone="resnet18", hidden_dim=32, nheads=4, enc_layers=1, dim_feedforward=32)
+    model, criterion, _ = build_model(published_args(published, name, **small))
+    inputs = [images]
+    if name in PRETRAINING:
+        inputs.append(torch.randn(2, 10, 3, 32, 32))
+        targets = [{"labels": torch.ones(10, dtype=torch.int64), "boxes": torch.rand(10, 4) * 0.4 + 0.1}] * 2
+    losses = criterion(model(*inputs), targets)
+    assert sorted(losses) == published["models"][name]["loss_keys"]
+    assert set(criterion.weight_dict) <= set(losses), "a weight without its loss would be lost silently"
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_fine_tuning_takes_from_a_pretrained_model_what_the_original_takes(published, capsys):
+    facts = published["pretrain_to_finetune"]["updetr_pretrain -> updetr_finetune"]
+    shapes = published_shapes(published, "updetr_pretrain")
+    pretrained = {"model": {name: torch.zeros(shape) for name, shape in shapes.items()}}
+    # 2 classes and "no object": the pretext's class head has the very shape of this fine-tuning's, and yet must not enter.
+    for num_classes in (91, 2):
+        model = build_model(published_args(published, "updetr_finetune", num_classes=num_classes))[0]
+        report = load_pretrained(model, pretrained, "checkpoint.pth")
+        assert report["missed"] == facts["missing"]
+        # The original deletes the class head before it loads, so that it doesn't count as unexpected.
+        assert set(report["skipped"]) - {"class_embed.weight", "class_embed.bias"} == set(facts["unexpected"])
+        assert sorted(report["loaded"]) == sorted(set(model.state_dict()) - set(facts["missing"]))
+        state = model.state_dict()
+        assert all((state[name] == 0).all() for name in report["loaded"])
+        assert state["class_embed.weight"].abs().sum() > 0
+    printed = capsys.readouterr().out
+    assert "pretrain: missed 2 tensors: class_embed.bias, class_embed.weight" in printed
+    assert "pretrain: skipped 8 tensors" in printed
+
+
+def test_official_checkpoint_layout_loads_strictly(published):
+    """Official files hold `model` and, some of them, more; every tensor arrives."""
+    shapes = published_shapes(published, "detr_resnet50")
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    model = build_model(published_args(published, "detr_resnet50"))[0]
+    load_model_strictly(model, {"model": state, "epoch": 299}, "detr-r50-e632da11.pth")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_stem_and_layer1_never_train(tiny_args):
+    for lr_backbone, trained_layers in ((1e-5, {"layer2", "layer3", "layer4"}), (0.0, set())):
+        body = build_model(tiny_args(lr_backbone=lr_backbone))[0].backbone[0].body
+        assert {name.split(".")[0] for name, parameter in body.named_parameters() if parameter.requires_grad} == trained_layers
+
+
+def test_patches_must_divide_the_queries(tiny_args):
+    with pytest.raises(ValueError, match="--num_queries 12 is not a multiple of --num_patches 5"):
+        build_model(tiny_args(pretraining=True, num_patches=5))

@@ -1,0 +1,174 @@
+"""Parity with the DETR of Hugging Face's `transformers`, an implementation that shares no code with ours: the same random
+weights must give the same predictions, and the same predictions the same losses."""
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+from models import build_model
+from util.misc import nested_tensor_from_tensor_list
+
+# (pattern, replacement) from our parameter names to theirs.
+RENAMED = [
+    (r"^backbone\.0\.body\.conv1\.", "embedder.embedder.convolution."),
+    (r"^backbone\.0\.body\.bn1\.", "embedder.embedder.normalization."),
+    (r"^backbone\.0\.body\.layer(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}."),
+    (r"downsample\.0\.", "shortcut.convolution."),
+    (r"downsample\.1\.", "shortcut.normalization."),
+    (r"(?<=\d\.)conv(\d)\.", lambda m: f"layer.{int(m[1]) - 1}.convolution."),
+    (r"(?<=\d\.)bn(\d)\.", lambda m: f"layer.{int(m[1]) - 1}.normalization."),
+    (r"^transformer\.decoder\.norm\.", "decoder.layernorm."),
+    (r"(encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
+    (r"multihead_attn", "encoder_attn"),
+    (r"linear(\d)\.", r"fc\1."),
+    (r"^transformer\.", ""),
+    (r"^query_embed\.", "query_position_embeddings."),
+    (r"^input_proj\.", "input_projection."),
+    (r"^class_embed\.", "class_labels_classifier."),
+    (r"^bbox_embed\.", "bbox_predictor."),
+    (r"^backbone\.1\.row_embed\.", "row_embeddings."),
+    (r"^backbone\.1\.col_embed\.", "column_embeddings."),
+]
+
+
+def their_name(name):
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def simplified(name):
+    """Their names without what differs between versions of the library: containers, and three modules' names."""
+    name = re.sub(r"^(model\.)?(backbone\.(conv_encoder\.)?(model\.|position_embedding\.)*|position_embedding\.)?", "", name)
+    return name.replace("self_attn.out_proj", "self_attn.o_proj").replace("encoder_attn.out_proj", "encoder_attn.o_proj") \
+               .replace(".mlp.fc", ".fc")
+
+
+def copy_weights(ours, theirs):
+    """Fill their model from ours; every tensor of both must take part."""
+    state = {}
+    for name, value in ours.state_dict().items():
+        if "in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3)):
+                state[their_name(name).replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            state[their_name(name).replace("attn.out_proj", "attn.o_proj")] = value
+    names = {simplified(name): name for name in theirs.state_dict() if not name.endswith("num_batches_tracked")}
+    assert set(names) == set(state)
+    theirs.load_state_dict({names[name]: value for name, value in state.items()}, strict=False)
+
+
+def hugging_face_detr(args):
+    layers = {"resnet18": ("basic", [64, 128, 256, 512], [2, 2, 2, 2]),
+              "resnet50": ("bottleneck", [256, 512, 1024, 2048], [3, 4, 6, 3])}
+    layer_type, widths, depths = layers[args.backbone]
+    backbone = ResNetConfig(embedding_size=64, hidden_sizes=widths, depths=depths, layer_type=layer_type,
+                            out_features=["stage4"])
+    return DetrForObjectDetection(DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
+        d_model=args.hidden_dim, encoder_layers=args.enc_layers, decoder_layers=args.dec_layers,
+        encoder_ffn_dim=args.dim_feedforward, decoder_ffn_dim=args.dim_feedforward, encoder_attention_heads=args.nheads,
+        decoder_attention_heads=args.nheads, num_queries=args.num_queries, num_labels=args.num_classes,
+        position_embedding_type=args.position_embedding, dropout=0.0))
+
+
+@torch.no_grad()
+def randomise(model, images):
+    """Weights that make predictions of all queries and layers differ, and batch norms that do something."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.weight.uniform_(0.5, 1.2, generator=generator)
+            module.bias.normal_(0, 0.2, generator=generator)
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.2, generator=generator)
+        elif isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if "bias" in name:
+                    parameter.data.normal_(0, 0.3, generator=generator)
+                else:
+                    parameter.data *= 5 if isinstance(module, nn.MultiheadAttention) else 2.5
+    model.query_embed.weight *= 3
+    features = model.backbone(nested_tensor_from_tensor_list(images))[0][-1].tensors
+    model.input_proj.weight /= model.input_proj(features).std()  # else the image drowns the queries
+
+
+@pytest.fixture(params=[("resnet18", "sine"), ("resnet50", "sine"), ("resnet18", "learned")], ids="-".join)
+def pair(request, tiny_args, images):
+    """Our model, and theirs with the same weights."""
+    backbone, position_embedding = request.param
+    torch.manual_seed(0)
+    args = tiny_args(backbone=backbone, position_embedding=position_embedding, dec_layers=3)
+    model = build_model(args)[0]
+    randomise(model, images)
+    theirs = hugging_face_detr(args)
+    copy_weights(model, theirs)
+    return model.eval(), theirs.eval()
+
+
+def test_predictions_of_every_layer(pair, images):
+    ours, theirs = pair
+    batch = nested_tensor_from_tensor_list(images)
+    with torch.no_grad():
+        out = ours(batch)
+        expected = theirs(batch.tensors, pixel_mask=(~batch.mask).long(), output_hidden_states=True)
+        # With `auxiliary_loss` theirs would feed each decoder layer the *final norm* of the one before, which the published
+        # detector doesn't; so earlier layers' predictions are taken from the layers' own outputs.
+        earlier = [theirs.model.decoder.layernorm(state) for state in expected.decoder_hidden_states[1:-1]]
+        expected_logits = [theirs.class_labels_classifier(state) for state in earlier] + [expected.logits]
+        expected_boxes = [theirs.bbox_predictor(state).sigmoid() for state in earlier] + [expected.pred_boxes]
+
+    assert out["pred_boxes"].std(1).min() > 2e-3, "the queries' predictions must differ for this to mean anything"
+    layers = [*out["aux_outputs"], out]
+    assert len(layers) == len(expected_logits) == 3
+    for layer, logits, boxes in zip(layers, expected_logits, expected_boxes):
+        torch.testing.assert_close(layer["pred_logits"], logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(layer["pred_boxes"], boxes, rtol=0, atol=1e-4)
+
+
+def test_position_encodings(pair, images):
+    ours, theirs = pair
+    collected = []
+    encoder = next(module for module in theirs.modules() if "PositionEmbedding" in type(module).__name__)
+    encoder.register_forward_hook(lambda module, inputs, output: collected.append(output))
+    batch = nested_tensor_from_tensor_list(images)
+    with torch.no_grad():
+        theirs(batch.tensors, pixel_mask=(~batch.mask).long())
+        features, positions = ours.backbone(batch)
+    assert features[0].mask.any() and not features[0].mask.all()
+    # Depending on the library's version theirs is [B, d, h, w] or [B, h * w, d].
+    expected = collected[0] if collected[0].dim() == 3 else collected[0].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(positions[0].flatten(2).transpose(1, 2), expected.expand(2, -1, -1), rtol=0, atol=1e-5)
+
+
+def test_losses_of_every_layer(tiny_args):
+    """Twelve queries, two to four objects of five classes, three decoder layers: matching, losses and their weighted sum."""
+    args = tiny_args(dec_layers=3)
+    criterion = build_model(args)[1].eval()
+    config = hugging_face_detr(args).config
+    config.auxiliary_loss = True
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(3, 4, 12, 6, generator=generator)
+    boxes = 0.2 + 0.3 * torch.rand(3, 4, 12, 4, generator=generator)
+    targets = [{"labels": torch.randint(0, 5, (n,), generator=generator),
+                "boxes": 0.1 + 0.4 * torch.rand(n, 4, generator=generator)} for n in (2, 4, 0, 3)]
+
+    losses = criterion({"pred_logits": logits[2], "pred_boxes": boxes[2],
+                        "aux_outputs": [{"pred_logits": logits[i], "pred_boxes": boxes[i]} for i in range(2)]}, targets)
+    labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
+    total, expected, _ = ForObjectDetectionLoss(logits[2], labels, torch.device("cpu"), boxes[2], config,
+                                                outputs_class=logits, outputs_coord=boxes)
+    assert set(losses) - {"class_error"} == set(expected)
+    for name in expected:
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sum(losses[name] * weight for name, weight in criterion.weight_dict.items()), total)

@@ -1,0 +1,85 @@
+"""A model is built from what its checkpoint says, whoever wrote it; the wrong kind is refused in a sentence."""
+import argparse
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import pytest
+import torch
+from torch import Tensor
+
+from tools.loading import DETECTOR, PRETRAINED, architecture, load_model
+from util.errors import InputError
+
+TOLD = ("num_queries", "hidden_dim", "dim_feedforward", "enc_layers", "dec_layers", "pre_norm", "position_embedding",
+        "backbone")
+
+
+def published_state(published: Dict[str, Any], name: str) -> Dict[str, Tensor]:
+    """Tensors without content, of the published shapes."""
+    model = published["models"][name]
+    state = published_state(published, model["like"]) if model.get("like") else {}
+    state.update({key: torch.empty(shape, device="meta") for key, shape in model["add"].items()})
+    return {key: value for key, value in state.items() if key not in model["remove"]}
+
+
+def published_flags(published: Dict[str, Any], name: str) -> Dict[str, Any]:
+    """Its flags; those of a model like another one are written down where they differ."""
+    model = published["models"][name]
+    return {**(published_flags(published, model["like"]) if model.get("like") else {}), **model["args"]}
+
+
+@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "updetr_pretrain",
+                                  "updetr_finetune"])
+def test_the_tensors_of_published_models_tell_their_flags(published: Dict[str, Any], name: str) -> None:
+    told = architecture(published_state(published, name), name)
+    flags = published_flags(published, name)
+    assert {flag: told[flag] for flag in TOLD} == {flag: flags[flag] for flag in TOLD}
+    assert told["backbone_last_layer"] == "layer4"
+    if name == "updetr_pretrain":
+        assert told["feature_recon"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "backbone_last_layer": "layer3"},
+                                     {"position_embedding": "learned", "nheads": 2, "dec_layers": 1}])
+def test_our_checkpoint_comes_back_whole(save_model: Callable[..., Path], changes: Dict[str, Any]) -> None:
+    path = save_model("model.pth", class_names={1: "disc"}, val_size=64, **changes)
+    model, args, class_names = load_model(str(path), DETECTOR, "cpu")
+    assert not model.training and class_names == {1: "disc"} and args.val_size == 64 and args.max_size == 1333
+    assert args.nheads == changes.get("nheads", 4)
+    stored = torch.load(path, weights_only=True)["model"]
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_given_counts_more_than_what_is_stored(detector: Path, pretrained: Path) -> None:
+    assert load_model(str(detector), DETECTOR, "cpu", val_size=32).args.val_size == 32
+    assert load_model(str(pretrained), PRETRAINED, "cpu", num_patches=4).args.num_patches == 4
+
+
+def test_official_checkpoints_hold_a_namespace_or_weights_alone(detector: Path, tmp_path: Path) -> None:
+    stored = torch.load(detector, weights_only=True)
+    with_namespace, weights = tmp_path / "namespace.pth", tmp_path / "weights.pth"
+    torch.save({"model": stored["model"], "args": argparse.Namespace(nheads=2, masks=False)}, with_namespace)
+    torch.save({"model": stored["model"]}, weights)
+    assert load_model(str(with_namespace), DETECTOR, "cpu").args.nheads == 2
+    loaded = load_model(str(weights), DETECTOR, "cpu")
+    assert (loaded.args.nheads, loaded.args.val_size, loaded.class_names) == (8, 800, {})
+    with pytest.raises(InputError, match="--nheads 5 doesn't divide the width 32"):
+        load_model(str(weights), DETECTOR, "cpu", nheads=5)
+
+
+def test_wrong_kinds_are_named(detector: Path, pretrained: Path, published: Dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds an UP-DETR pre-training model, .* python -m tools.find_patch"):
+        load_model(str(pretrained), DETECTOR, "cpu")
+    with pytest.raises(InputError, match="holds a post-norm DETR with 5 classes, .* python -m tools.predict"):
+        load_model(str(detector), PRETRAINED, "cpu")
+    other = tmp_path / "classifier.pth"
+    torch.save({"fc.weight": torch.zeros(2, 2)}, other)
+    with pytest.raises(InputError, match="holds something else than a detector; this program shows DETR and UP-DETR"):
+        load_model(str(other), DETECTOR, "cpu")
+    state = torch.load(detector, weights_only=True)["model"]
+    state["backbone.0.body.layer1.7.conv1.weight"] = torch.zeros(1)
+    torch.save({"model": state}, other)
+    with pytest.raises(InputError, match="its backbone, with 3, 2, 2, 2 residual blocks, is none of resnet18"):
+        load_model(str(other), DETECTOR, "cpu")
+    with pytest.raises(InputError, match="--checkpoint missing.pth: no such file"):
+        load_model("missing.pth", DETECTOR, "cpu")

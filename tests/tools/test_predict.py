@@ -1,0 +1,147 @@
+"""tools.predict writes what evaluation measures, and pictures a person can read."""
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+import torch
+from commands import run
+from PIL import Image
+
+from datasets.coco import CocoDetection, make_coco_transforms
+from models.detr import PostProcess
+from tools import predict
+from tools.drawing import LabelledBox, distinct_colour, draw_boxes
+from tools.loading import DETECTOR, load_model
+from util.misc import collate_fn
+
+
+def detections(folder: Path) -> List[Dict[str, Any]]:
+    return json.loads((folder / "detections.json").read_text(encoding="utf-8"))
+
+
+def test_numbers_are_those_of_evaluation(detector: Path, photos: Path, tmp_path: Path, run_main: Callable) -> None:
+    """Evaluation's way: data set, collate, model, PostProcess, one image at a time."""
+    ground_truth = {"images": [{"id": 1, "file_name": "wide.jpg"}, {"id": 2, "file_name": "below/tall.png"}],
+                    "annotations": [], "categories": [{"id": 1, "name": "disc"}]}
+    (tmp_path / "annotations.json").write_text(json.dumps(ground_truth))
+    transforms = make_coco_transforms("val", val_size=64, max_size=80)
+    dataset = CocoDetection(photos, tmp_path / "annotations.json", transforms)
+    model = load_model(str(detector), DETECTOR, "cpu").model
+    run_main(predict, ["--checkpoint", detector, photos, "--threshold", 0, "--output_dir", tmp_path / "out",
+                       "--device", "cpu"])
+    found = detections(tmp_path / "out")
+    for index, name in enumerate(("wide.jpg", "below/tall.png")):
+        samples, targets = collate_fn([dataset[index]])
+        with torch.no_grad():
+            expected = PostProcess()(model(samples), targets[0]["orig_size"][None])[0]
+        mine = [entry for entry in found if entry["file_name"] == str(photos / name)]
+        order = expected["scores"].argsort(descending=True)
+        boxes = expected["boxes"][order]
+        boxes[:, 2:] -= boxes[:, :2]
+        torch.testing.assert_close(torch.tensor([entry["bbox"] for entry in mine]), boxes, atol=2e-3, rtol=0)
+        scores = torch.tensor([entry["score"] for entry in mine])
+        torch.testing.assert_close(scores, expected["scores"][order], atol=2e-5, rtol=0)
+        assert [entry["category_id"] for entry in mine] == expected["labels"][order].tolist()
+
+
+def test_threshold_names_and_pictures(detector: Path, photos: Path, tmp_path: Path, run_main: Callable) -> None:
+    out = tmp_path / "out"
+    words = ["--checkpoint", detector, photos, "--output_dir", out, "--device", "cpu", "--batch_size", 2]
+    printed = run_main(predict, [*words, "--threshold", 0])
+    everything = detections(out)
+    assert len(everything) == 2 * 12 and "24 objects in 2 images" in printed
+    names = {0: "class 0", 1: "disc", 2: "square", 3: "triangle", 4: "star"}
+    assert all(entry["category_name"] == names[entry["category_id"]] for entry in everything)
+    scores = sorted(entry["score"] for entry in everything)
+    _, threshold = max((higher - lower, (higher + lower) / 2) for lower, higher in zip(scores, scores[1:]))
+    run_main(predict, [*words, "--threshold", threshold])
+    assert detections(out) == [entry for entry in everything if entry["score"] >= threshold]
+    run_main(predict, [*words, "--threshold", 1])
+    assert detections(out) == []
+    # 100 x 60 and 50 x 90 pixels are enlarged by a whole factor to 640 or more.
+    assert Image.open(out / "wide.jpg").size == (700, 420) and Image.open(out / "below" / "tall.jpg").size == (400, 720)
+
+
+def test_class_names_from_an_annotation_file_or_cocos(save_model: Callable[..., Path], detector: Path, photos: Path,
+                                                      tmp_path: Path, run_main: Callable) -> None:
+    classes = tmp_path / "classes.json"
+    categories = [{"id": i, "name": f"Käse {i}"} for i in range(5)]
+    classes.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    words = [photos / "wide.jpg", "--threshold", 0, "--output_dir", tmp_path / "out", "--device", "cpu"]
+    run_main(predict, ["--checkpoint", detector, "--classes", classes, *words])
+    assert all(entry["category_name"] == f"Käse {entry['category_id']}" for entry in detections(tmp_path / "out"))
+    loaded = load_model(str(save_model("coco.pth", num_classes=91)), DETECTOR, "cpu")
+    names = predict.names_of_classes(loaded, None)
+    assert (names[1], names[18], names[90]) == ("person", "dog", "toothbrush")
+    classes.write_text("{")
+    assert f"annotation file {classes} is not valid JSON" in run_main(
+        predict, ["--checkpoint", detector, "--classes", classes, *words], status=2)
+
+
+def test_unreadable_images_are_named_skipped_and_counted(detector: Path, photos: Path, tmp_path: Path,
+                                                         run_main: Callable) -> None:
+    broken = photos / "broken.jpg"
+    broken.write_bytes((photos / "wide.jpg").read_bytes()[:300])
+    words = ["--checkpoint", detector, "--threshold", 0, "--output_dir", tmp_path / "out", "--device", "cpu"]
+    errors = run_main(predict, [*words, photos], status=1)
+    assert f"skipped: image file {broken} cannot be decoded" in errors and "1 of 3 images could not be read" in errors
+    assert len(detections(tmp_path / "out")) == 2 * 12
+    assert run_main(predict, [*words, broken], status=2).endswith("error: none of the 1 images can be read\n")
+
+
+def test_wrong_input_is_told_in_a_sentence(detector: Path, photos: Path, tmp_path: Path, run_main: Callable) -> None:
+    def refused(*words: Any) -> str:
+        return run_main(predict, ["--checkpoint", detector, "--device", "cpu", *words], status=2)
+
+    (tmp_path / "empty").mkdir()
+    assert refused(photos / "nothing.jpg") == f"error: {photos}/nothing.jpg: no such file or folder\n"
+    assert f"image folder {tmp_path}/empty has no images" in refused(tmp_path / "empty")
+    assert refused(photos, "--threshold", 70) == "error: --threshold 70.0 is not within 0 and 1\n"
+    assert refused(photos, "--batch_size", 0) == "error: --batch_size 0 is not at least 1\n"
+    assert f"the picture {photos}/wide.jpg would overwrite an image" in refused(photos, "--output_dir", photos)
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    assert f"--output_dir {out} can't be written" in refused(photos, "--output_dir", out)
+
+
+def test_pictures_of_equal_names_do_not_overwrite_each_other(photos: Path) -> None:
+    (photos / "wide.png").write_bytes(b"")
+    sources = predict.find_images([str(photos), str(photos / "below" / "tall.png"), str(photos / "wide.jpg")], "out")
+    assert [str(source.picture) for source in sources] == ["out/below/tall.jpg", "out/wide.jpg", "out/wide-2.jpg"]
+
+
+def test_as_a_program(pretrained: Path, photos: Path) -> None:
+    done = run(["-m", "tools.predict", "--checkpoint", pretrained, photos], check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "python -m tools.find_patch" in done.stderr
+
+
+@pytest.mark.parametrize("size, drawn", [((128, 128), (640, 640)), ((90, 128), (450, 640)), ((1000, 700), (1000, 700)),
+                                         ((3000, 2000), (1600, 1067)), ((1, 1), (640, 640))])
+def test_small_images_are_enlarged_and_large_ones_reduced(size: tuple, drawn: tuple) -> None:
+    assert draw_boxes(torch.zeros(3, size[1], size[0], dtype=torch.uint8), []).size == drawn
+
+
+def test_labels_stay_inside_and_apart() -> None:
+    """Boxes in all corners and over the edges, on black: a label has as many pixels of its colour wherever it is."""
+    colour = distinct_colour(2)
+
+    def coloured_pixels(*boxes: LabelledBox) -> int:
+        picture = draw_boxes(torch.zeros(3, 640, 640, dtype=torch.uint8), boxes)
+        return sum(count for count, value in picture.getcolors(1 << 20) if value == colour)
+
+    def frame_pixels(*boxes: LabelledBox) -> int:
+        return coloured_pixels(*(box._replace(text="") for box in boxes))
+
+    places = [(300, 300, 400, 400), (-20, -20, 40, 40), (600, -5, 660, 30), (590, 600, 700, 700), (-9, 620, 30, 639)]
+    boxes = [LabelledBox(place, colour, "a long label 0.99") for place in places]
+    alone = coloured_pixels(boxes[0]) - frame_pixels(boxes[0])
+    assert alone > 1500
+    assert all(coloured_pixels(box) - frame_pixels(box) > 0.9 * alone for box in boxes)
+    same = [LabelledBox(places[0], colour, "a long label 0.99")] * 3
+    assert coloured_pixels(*same) - frame_pixels(*same) > 2.8 * alone
+
+
+def test_colours_differ() -> None:
+    assert len({distinct_colour(number) for number in range(91)}) == 91

@@ -1,0 +1,249 @@
+"""Show a pre-trained UP-DETR patches of an image and see where it finds them (UP-DETR, figure 5).
+
+`python -m tools.find_patch --checkpoint PRETRAINED IMAGE --box x,y,w,h [--box …]` writes a picture, with the query
+patches on one side and the image with the boxes found (true ones dashed) on the other, and beside it a JSON file: a
+list with one entry for each patch,
+
+    {"box": [x, y, w, h], "found": [x, y, w, h], "confidence": 0.93, "iou": 0.61}
+
+with boxes in pixels of the image file (EXIF orientation ignored, as in training), left, top, width, height.
+"""
+import argparse
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from datasets.image_io import UnreadableImage, read_image
+from datasets.patches import cut_patches
+from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, RandomPatches
+from datasets.transforms import normalize_image, resize_to, resized_size, sample_rng
+from engine import most_confident_boxes
+from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font, text_colour, to_picture
+from tools.loading import PRETRAINED, Loaded, add_checkpoint_flags, load_model
+from tools.output import require_ending, write_json_lines, writing
+from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
+from util.errors import InputError, run_program
+
+FORMATS = (".png", ".jpg", ".webp")
+# Of the figure, in pixels: least side of the square that a patch is drawn in, the frame around it, space, headline.
+CELL, FRAME, MARGIN, HEADER = 120, 5, 6, 28
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The program's flags."""
+    parser = argparse.ArgumentParser("python -m tools.find_patch", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", metavar="IMAGE", help="image file")
+    add_checkpoint_flags(parser, "a pre-trained model, from main.py --imagenet_path")
+    parser.add_argument("--box", action="append", default=[], metavar="x,y,w,h",
+                        help="a patch to look for, in pixels of the image: left, top, width, height; may be repeated")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="look for N random patches (too)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random patches (0)")
+    parser.add_argument("--output", default="outputs/find_patch.png",
+                        help="picture to write; the JSON file's name ends in .json instead (outputs/find_patch.png)")
+    parser.add_argument("--size", type=int,
+                        help="short side that the image is resized to (as in the training's evaluation)")
+    parser.add_argument("--max_size", type=int, help="largest long side (likewise)")
+    parser.add_argument("--num_patches", type=int, help="patches that a checkpoint without flags was trained with (10)")
+    parser.add_argument("--patch_size", type=int, help="side that its patches were resized to (128)")
+    return parser
+
+
+def parse_box(text: str, width: int, height: int) -> List[float]:
+    """"x,y,w,h" -> left, top, right, bottom in pixels of an image of this size.
+
+    Raises:
+        InputError: unless these are four numbers, of a box with area inside the image.
+    """
+    try:
+        left, top, box_width, box_height = map(float, text.split(","))
+    except ValueError as error:
+        raise InputError(f"--box {text}: write four numbers, x,y,w,h") from error
+    if not (box_width > 0 and box_height > 0):
+        raise InputError(f"--box {text}: width and height must be more than 0")
+    if not (0 <= left and 0 <= top and left + box_width <= width and top + box_height <= height):
+        raise InputError(f"--box {text} reaches outside the image, which has {width} x {height} pixels")
+    return [left, top, left + box_width, top + box_height]
+
+
+def choose_boxes(args: argparse.Namespace, loaded: Loaded, image: Tensor, original: Tuple[int, int]) -> Tensor:
+    """The boxes given, then the random ones, which are drawn as in the model's training.
+
+    Args:
+        image: as the model sees it, uint8 [3, H, W]; original: (height, width) of the image file.
+
+    Returns:
+        float [n, 4], xyxy pixels of the image file.
+
+    Raises:
+        InputError: if there are none, one is wrong, or the image is too small for random ones.
+    """
+    boxes = [torch.tensor([parse_box(text, original[1], original[0]) for text in args.box]).reshape(-1, 4)]
+    if args.random > 0:
+        propose = RandomPatches(args.random, loaded.args.min_patch, loaded.args.max_patch)
+        drawn = propose(image, sample_rng(args.seed, 0, 0))
+        if drawn is None:
+            raise InputError(f"{args.image} is too small for random patches of at least {loaded.args.min_patch} pixels")
+        boxes.append(drawn * _scale(image, original))
+    if not sum(map(len, boxes)):
+        raise InputError("which patches? give --box x,y,w,h or --random N")
+    return torch.cat(boxes)
+
+
+def _scale(image: Tensor, original: Tuple[int, int]) -> Tensor:
+    """Factors [4] from pixels of the resized image to pixels of the file, for xyxy boxes."""
+    height, width = original
+    return torch.tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
+
+
+def to_whole_pixels(boxes: Tensor, image: Tensor) -> Tensor:
+    """Round xyxy boxes [n, 4] inside an image [3, H, W] to int64 ones that hold one pixel at least."""
+    limit = torch.tensor([image.shape[2], image.shape[1]])
+    low = torch.minimum(boxes[:, :2].round().long(), limit - 1)
+    return torch.cat([low, torch.minimum(torch.maximum(boxes[:, 2:].round().long(), low + 1), limit)], dim=1)
+
+
+@torch.no_grad()
+def find_patches(loaded: Loaded, image: Tensor, boxes: Tensor) -> Tuple[Tensor, Tensor]:
+    """Where the model finds the patches of an image that lie in boxes.
+
+    The model is shown `num_patches` of them at a time. Groups of queries don't see each other: patches don't compete.
+
+    Args:
+        image: uint8 [3, H, W] as the model is to see it.
+        boxes: int64 [n, 4], xyxy pixels of this image, ends exclusive.
+
+    Returns:
+        xyxy boxes [n, 4] in 0..1 of the most confident query of each patch, and the confidences [n] in 0..1.
+    """
+    device = torch.device(loaded.args.device)
+    sample = normalize_image(image)[None].to(device)
+    found: List[Tensor] = []
+    confidences: List[Tensor] = []
+    for shown in boxes.split(loaded.args.num_patches):
+        patches = normalize_image(cut_patches(image, shown, loaded.args.patch_size))[None].to(device)
+        best, confidence = most_confident_boxes(loaded.model(sample, patches), len(shown))
+        found.append(box_cxcywh_to_xyxy(best[0]).cpu())
+        confidences.append(confidence[0].cpu())
+    return torch.cat(found), torch.cat(confidences)
+
+
+def to_entries(boxes: Tensor, found: Tensor, confidences: Tensor) -> List[Dict[str, Any]]:
+    """The JSON list (see the module's text) of true and found boxes [n, 4], both xyxy pixels of the image file."""
+    ious = aligned_iou(boxes, found)[0]
+    return [{"box": _xywh(box), "found": _xywh(place), "confidence": round(confidence.item(), 5),
+             "iou": round(iou.item(), 5)}
+            for box, place, confidence, iou in zip(boxes, found, confidences, ious)]
+
+
+def _xywh(box: Tensor) -> List[float]:
+    left, top, right, bottom = box.tolist()
+    return [round(number, 2) for number in (left, top, right - left, bottom - top)]
+
+
+def draw(image: Tensor, crops: Sequence[Tensor], entries: Sequence[Dict[str, Any]], scale: Tensor) -> Image.Image:
+    """Draw the figure: query patches in coloured frames on the left, the image with boxes of these colours on the
+    right.
+
+    Args:
+        image: uint8 [3, H, W] as the model sees it; crops: the patches, uint8 [3, h, w] each.
+        entries: from `to_entries`, in pixels of the file; scale: factors [4] from pixels of the image to these.
+    """
+    found, true = [], []
+    for number, entry in enumerate(entries):
+        text = f"{number + 1}: {entry['confidence']:.2f}"
+        found.append(LabelledBox(_in_image(entry["found"], scale), distinct_colour(number), text))
+        true.append(LabelledBox(_in_image(entry["box"], scale), distinct_colour(number), dashed=True))
+    picture = draw_boxes(image, found + true)
+    columns = math.ceil(len(crops) / max(1, picture.height // CELL))
+    rows = math.ceil(len(crops) / columns)
+    cell = max(CELL, min(picture.height // rows, 2 * CELL))
+    size = (columns * cell + MARGIN + picture.width, HEADER + max(picture.height, rows * cell))
+    canvas = Image.new("RGB", size, "white")
+    for number, crop in enumerate(crops):
+        corner = (number // rows * cell, HEADER + number % rows * cell)
+        _paste_patch(canvas, to_picture(crop), number, corner, cell)
+    canvas.paste(picture, (columns * cell + MARGIN, HEADER))
+    write = ImageDraw.Draw(canvas)
+    write.text((MARGIN, 5), "patches", font=font(16), fill="black")
+    write.text((columns * cell + MARGIN, 5), "found, with confidence; dashed: true place", font=font(16), fill="black")
+    return canvas
+
+
+def _in_image(box: Sequence[float], scale: Tensor) -> Tuple[float, ...]:
+    """x, y, w, h in pixels of the file -> left, top, right, bottom in pixels of the image."""
+    left, top, width, height = box
+    return tuple((torch.tensor([left, top, left + width, top + height]) / scale).tolist())
+
+
+def _paste_patch(canvas: Image.Image, patch: Image.Image, number: int, corner: Tuple[int, int], cell: int) -> None:
+    """Put a patch, as large as fits, with its frame and number into a cell of the canvas."""
+    room = cell - 2 * (MARGIN + FRAME)
+    factor = room / max(patch.size)
+    size = tuple(max(1, round(side * factor)) for side in patch.size)
+    left, top = (start + (cell - side) // 2 for start, side in zip(corner, size))
+    canvas.paste(patch.resize(size, Image.Resampling.LANCZOS), (left, top))
+    draw = ImageDraw.Draw(canvas)
+    colour = distinct_colour(number)
+    frame = (left - FRAME, top - FRAME, left + size[0] + FRAME - 1, top + size[1] + FRAME - 1)
+    draw.rectangle(frame, outline=colour, width=FRAME)
+    text = str(number + 1)
+    plate = (frame[0], frame[1], frame[0] + draw.textlength(text, font=font(14)) + 7, frame[1] + 18)
+    draw.rectangle(plate, fill=colour)
+    draw.text((plate[0] + 4, plate[1] + 1), text, font=font(14), fill=text_colour(colour))
+
+
+def report(entries: Sequence[Dict[str, Any]]) -> None:
+    """Print the entries as a table."""
+    print(f"{'':>3}  {'box x,y,w,h':>26}  {'found x,y,w,h':>26}  confidence   IoU")
+    for number, entry in enumerate(entries, start=1):
+        box, found = (",".join(f"{side:.0f}" for side in entry[name]) for name in ("box", "found"))
+        print(f"{number:3}  {box:>26}  {found:>26}  {entry['confidence']:10.3f}  {entry['iou']:4.2f}")
+
+
+def read_resized(path: str, size: int, max_size: int) -> Tuple[Tensor, Tuple[int, int]]:
+    """An image as pre-training's evaluation sees it, uint8 [3, H, W], and the (height, width) of its file.
+
+    Raises:
+        InputError: if it can't be read.
+    """
+    try:
+        image, original = read_image(path, size)
+    except UnreadableImage as error:
+        raise InputError(str(error)) from error
+    return resize_to(image, resized_size(*original, size, max_size)), original
+
+
+def main(args: argparse.Namespace) -> None:
+    """Cut, look, draw and write."""
+    for name in ("size", "max_size", "patch_size", "num_patches"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} is not at least 1")
+    require_ending(args.output, FORMATS, "--output")
+    loaded = load_model(args.checkpoint, PRETRAINED, args.device, nheads=args.nheads, dilation=args.dilation,
+                        num_patches=args.num_patches, patch_size=args.patch_size)
+    size = args.size or max(loaded.args.pretrain_sizes or PRETRAIN_SIZES)
+    max_size = args.max_size or loaded.args.pretrain_max_size or PRETRAIN_MAX_SIZE
+    image, original = read_resized(args.image, size, max_size)
+    boxes = choose_boxes(args, loaded, image, original)
+    scale = _scale(image, original)
+    cut = to_whole_pixels(boxes / scale, image)
+    found, confidences = find_patches(loaded, image, cut)
+    height, width = original
+    entries = to_entries(boxes, found * torch.tensor([width, height, width, height]), confidences)
+    picture = draw(image, [image[:, y0:y1, x0:x1] for x0, y0, x1, y1 in cut.tolist()], entries, scale)
+    json_path = Path(args.output).with_suffix(".json")
+    with writing("--output", args.output):
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(args.output)
+        write_json_lines(json_path, entries)
+    report(entries)
+    print(f"{args.output} and {json_path}")
+
+
+if __name__ == "__main__":
+    run_program(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,128 @@
+"""A model out of a checkpoint alone: its tensors tell the architecture, the flags stored beside them tell the rest."""
+import argparse
+from typing import Any, Dict, NamedTuple, Optional, Set
+
+from torch import Tensor, nn
+
+from main import get_args_parser
+from models import build_model
+from models.backbone import LAYERS
+from util import recipes
+from util.checkpoint import describe_kind, load_checkpoint, load_model_strictly, model_state
+from util.errors import InputError
+
+DETECTOR, PRETRAINED = "coco", "imagenet"  # the --dataset_file whose models they are
+
+# What tensors don't tell: taken from the flags that the checkpoint holds, else at its default.
+STORED_FLAGS = {
+    DETECTOR: ("nheads", "dilation", "val_size", "max_size"),
+    PRETRAINED: ("nheads", "dilation", "num_patches", "patch_size", "min_patch", "max_patch", "pretrain_sizes",
+                 "pretrain_max_size"),
+}
+# Number of residual blocks in layer1 … layer4, and whether they are bottlenecks (three convolutions).
+RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False),
+           "resnet50": ((3, 4, 6, 3), True), "resnet101": ((3, 4, 23, 3), True)}
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode on its device, the flags that describe it, and the names of its classes by id."""
+
+    model: nn.Module
+    args: argparse.Namespace
+    class_names: Dict[int, str]
+
+
+def load_model(location: str, kind: str, device: Optional[str] = None, **given: Any) -> Loaded:
+    """Build the model that a checkpoint holds.
+
+    Args:
+        location: file or URL; one of ours, or an official one, which may hold weights alone.
+        kind: `DETECTOR` or `PRETRAINED`, what the caller can show.
+        device: "cuda", "cpu", …; by default CUDA if there is one.
+        given: flags of `main.py` that count more than the stored ones; None for not given.
+
+    Raises:
+        InputError: if it can't be read, holds another kind of model, or doesn't fit the flags.
+    """
+    checkpoint = load_checkpoint(location, flag="--checkpoint")
+    state = model_state(checkpoint, location)
+    _require_kind(state, kind, location)
+    args = get_args_parser().parse_args([])
+    args.dataset_file, args.device, args.aux_loss = kind, device, False
+    args.resume = location  # the backbone's weights come with it: none are fetched
+    stored = checkpoint.get("args") or {}
+    stored = stored if isinstance(stored, dict) else vars(stored)
+    for name in STORED_FLAGS[kind]:
+        if stored.get(name) is not None:
+            setattr(args, name, stored[name])
+    for name, value in {**given, **architecture(state, location)}.items():
+        if value is not None:
+            setattr(args, name, value)
+    recipes.resolve(args)
+    if args.hidden_dim % args.nheads:
+        raise InputError(f"--nheads {args.nheads} doesn't divide the width {args.hidden_dim} of the model in "
+                         f"{location}")
+    model = build_model(args)[0]
+    load_model_strictly(model, checkpoint, location)
+    return Loaded(model.eval(), args, checkpoint.get("class_names") or {})
+
+
+def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
+    needed = ("query_embed.weight", "class_embed.weight", "transformer.decoder.norm.weight", "input_proj.weight")
+    holds = f"--checkpoint {location} holds {describe_kind(state)}"
+    if any(name not in state for name in needed):
+        raise InputError(f"{holds}; this program shows DETR and UP-DETR models")
+    pretrained = "patch2query.weight" in state
+    if pretrained and kind == DETECTOR:
+        raise InputError(f"{holds}, which finds patches and knows no classes: use python -m tools.find_patch, "
+                         f"or fine-tune it first with main.py --pretrain {location}")
+    if not pretrained and kind == PRETRAINED:
+        raise InputError(f"{holds}, which can't be shown patches to find: use python -m tools.predict, "
+                         "or give the checkpoint of a pre-training (main.py --imagenet_path)")
+
+
+def architecture(state: Dict[str, Tensor], location: str) -> Dict[str, Any]:
+    """The flags that the tensors of a DETR or UP-DETR tell.
+
+    Raises:
+        InputError: if its backbone is no ResNet that can be built.
+    """
+    num_queries, hidden_dim = state["query_embed.weight"].shape
+    told = {
+        "num_queries": num_queries, "hidden_dim": hidden_dim,
+        "dim_feedforward": len(state["transformer.decoder.layers.0.linear1.weight"]),
+        "enc_layers": len(_next_parts(state, "transformer.encoder.layers.")),
+        "dec_layers": len(_next_parts(state, "transformer.decoder.layers.")),
+        "pre_norm": "transformer.encoder.norm.weight" in state,
+        "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
+        **_backbone(state, location),
+    }
+    if "patch2query.weight" in state:
+        told["feature_recon"] = "feature_align.layers.0.weight" in state
+    else:
+        told["num_classes"] = len(state["class_embed.weight"]) - 1
+    return told
+
+
+def _backbone(state: Dict[str, Tensor], location: str) -> Dict[str, str]:
+    blocks = tuple(len(_next_parts(state, f"backbone.0.body.{layer}.")) for layer in LAYERS)
+    bottleneck = "backbone.0.body.layer1.0.conv3.weight" in state
+    for name, (whole, has_bottleneck) in RESNETS.items():
+        if bottleneck == has_bottleneck and blocks in (whole, (*whole[:3], 0)):
+            return {"backbone": name, "backbone_last_layer": "layer4" if blocks[3] else "layer3"}
+    raise InputError(f"--checkpoint {location}: its backbone, with {', '.join(map(str, blocks))} residual blocks, "
+                     f"is none of {', '.join(RESNETS)}")
+
+
+def _next_parts(state: Dict[str, Tensor], prefix: str) -> Set[str]:
+    """What follows the prefix, up to the next dot, in the names that begin with it."""
+    return {name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)}
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str) -> None:
+    """The flags that every program which loads a model has; give `given_flags` of them to `load_model`."""
+    parser.add_argument("--checkpoint", required=True, metavar="FILE_OR_URL", help=checkpoint_help)
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    group = parser.add_argument_group("for checkpoints that hold weights without flags")
+    group.add_argument("--nheads", type=int, help="attention heads (8)")
+    group.add_argument("--dilation", action="store_true", default=None, help="the backbone is a DC5")
