@@ -45,7 +45,7 @@ def build(image_set: str, args: argparse.Namespace) -> "CocoDetection":
         InputError: something in the folder or the annotations is missing or wrong.
     """
     folder, ann_file = _paths(image_set, args)
-    num_classes, _ = num_classes_and_names(args)
+    num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set, **transform_sizes(args))
     return CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
                          num_classes=num_classes)
@@ -65,6 +65,8 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
         image_set = "val"
     ann_file = _paths(image_set, args)[1]
     ground_truth = read_ground_truth(ann_file)
+    if args.eval and image_set == "train":
+        _read_json.cache_clear()  # an evaluation has no further use for gigabytes of training annotations
     return num_classes_of(ground_truth, ann_file, args.num_classes), class_names(ground_truth)
 
 
@@ -97,12 +99,17 @@ def make_coco_transforms(
 
     Raises:
         ValueError: `image_set` is neither "train" nor "val".
+        InputError: a size is less than 1, or `crop_size` is not two ascending numbers.
     """
+    if min([val_size, max_size, *(train_sizes or ()), *(crop_resize or ()), *(crop_size or ())]) < 1:
+        raise InputError("--train_sizes, --val_size, --max_size, --crop_resize and --crop_size must be at least 1")
     if image_set == "val":
         return T.Compose([T.RandomResize([val_size], max_size), T.Normalize()])
     if image_set != "train":
         raise ValueError(f'image_set must be "train" or "val", got {image_set!r}')
     train_sizes = list(train_sizes or TRAIN_SIZES)
+    if crop_size and not (len(crop_size) == 2 and crop_size[0] <= crop_size[1]):
+        raise InputError(f"--crop_size {crop_size} is not a smallest and a largest side")
     scale = max(train_sizes) / max(TRAIN_SIZES)
     smallest, largest = crop_size or [round(side * scale) for side in _CROP_SIZES]
     resize = T.RandomResize(train_sizes, max_size)
@@ -282,7 +289,7 @@ class CocoDetection(DetectionDataset):
 def read_ground_truth(ann_file: str | os.PathLike) -> dict:
     """Reads an instances JSON and checks that it is one.
 
-    The latest file is remembered, since its categories are wanted before its annotations are.
+    The latest two files are remembered, since their categories are wanted before their annotations are.
 
     Raises:
         InputError: the file is missing, not JSON, or lacks one of the lists of a COCO file.
@@ -294,7 +301,7 @@ def read_ground_truth(ann_file: str | os.PathLike) -> dict:
     return _read_json(path, status.st_mtime_ns, status.st_size)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _read_json(path: Path, modified: int, size: int) -> dict:
     """Reads one version of a file; `modified` and `size` only tell versions apart."""
     try:

@@ -107,8 +107,8 @@ class CocoEvaluator:
             boxes[:, 2:] -= boxes[:, :2]
             packed["bbox"] = boxes.tolist()
         if "segm" in self.iou_types:
-            masks = (found["masks"] > 0.5).cpu().flatten(0, -3).numpy().astype(np.uint8)
-            packed["segmentation"] = mask_codec.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
+            masks = (found["masks"] > 0.5).cpu().flatten(0, -3).numpy().astype(np.uint8).transpose(1, 2, 0)
+            packed["segmentation"] = mask_codec.encode(np.asfortranarray(masks))
         return packed
 
     def _as_coco(self, iou_type: str) -> COCO:

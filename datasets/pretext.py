@@ -41,8 +41,8 @@ def build(image_set: str, args: argparse.Namespace) -> "PretextDataset":
     """Builds the random-patch pretext of `args`.
 
     Reads `imagenet_path`, `imagenet_val_path`, `held_out_share`, `num_patches`, `min_patch`, `max_patch`, `patch_size`,
-    `pretrain_sizes`, `pretrain_max_size`, `seed`. Held-out images ("val") are those of `imagenet_val_path`, or the share
-    of `imagenet_path`, or, with neither, all of `imagenet_path`.
+    `pretrain_sizes`, `pretrain_max_size`, `seed`. Held-out images ("val") are those of `imagenet_val_path`, or the
+    share of `imagenet_path`, or, with neither, all of `imagenet_path`.
 
     Args:
         image_set: "train" or "val".
@@ -316,8 +316,8 @@ class PretextDataset(Dataset):
                 return index, image, orig_size, boxes, rng
             self._state[index] = _TOO_SMALL
         raise InputError(
-            f"image folder {self.root} has too few usable images: of {len(self)}, {len(self.unreadable)} cannot be read "
-            f"and {len(self.too_small)} are too small")
+            f"image folder {self.root} has too few usable images: of {len(self)}, {len(self.unreadable)} cannot be "
+            f"read and {len(self.too_small)} are too small")
 
     def _mark_unreadable(self, index: int, error: UnreadableImage) -> None:
         self._state[index] = _UNREADABLE

@@ -34,7 +34,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 from PIL import Image, ImageFilter
 
-from util.errors import InputError
+from util.errors import InputError, run_program
 
 Array = np.ndarray
 Json = Dict[str, Any]
@@ -786,34 +786,28 @@ def _summary(output_dir: Path) -> str:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The flags of `python -m datasets.toy`."""
+    """The program's flags."""
     parser = argparse.ArgumentParser("python -m datasets.toy", description="Write a small detection data set.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output_dir", required=True, type=Path, help="folder to make")
     for item in fields(ToySettings):
         parser.add_argument(f"--{item.name}", type=type(item.default), default=item.default, help=item.metadata["help"])
-    parser.add_argument("--num_workers", type=int, default=None, help="processes; as many as cores if not given")
+    parser.add_argument("--num_workers", type=int, help="processes that draw; as many as cores if not given")
     return parser
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Write the toy world the flags describe; returns the exit status."""
-    args = get_args_parser().parse_args(arguments)
+def main(args: argparse.Namespace) -> None:
+    """Write the toy world that the flags describe and print what is in it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a terminated run, too, clears up behind itself
     settings = ToySettings(**{item.name: getattr(args, item.name) for item in fields(ToySettings)})
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a terminated run clears up behind itself
-    start = time.time()
-    try:
-        written = write_toy(args.output_dir, settings, args.num_workers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    start = time.perf_counter()
+    written = write_toy(args.output_dir, settings, args.num_workers)
     print(_summary(args.output_dir))
     if written:
-        print(f"wrote {args.output_dir} in {time.time() - start:.1f} s")
+        print(f"wrote {args.output_dir} in {time.perf_counter() - start:.1f} s")
     else:
         print(f"{args.output_dir} was made with the same settings before: nothing to do")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(lambda: main(get_args_parser().parse_args()))

@@ -1,9 +1,9 @@
 """Backbone weights for the toy world: `python -m tools.pretrain_toy_backbone --output FILE`.
 
-An honest stand-in for ImageNet weights where the toy data stands in for ImageNet: a torchvision ResNet learns, from random
-weights and with labels, to tell the seven classes of single toy objects and the thirteen photographs without any object. It
-sees no object and no background pixel of the toy data set. What it learns, in about a minute on two cores, serves a small
-detector on toy data through `--load_backbone FILE`, and nothing else.
+A stand-in for ImageNet weights, and no more than that: a torchvision ResNet learns, from random weights and with labels,
+to tell the seven classes of single toy objects, and the thirteen photographs without an object, in about a minute on two
+cores. It sees no object and no background pixel of the toy data set. The weights are for small detectors on toy data,
+through `--load_backbone FILE`.
 """
 import argparse
 import functools
@@ -22,7 +22,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import box_iou, roi_align
 
-from datasets.toy import CLASSES, PHOTOGRAPHS, ToySettings, image_rng, render_background, render_scene, render_single_object
+from datasets.toy import (CLASSES, PHOTOGRAPHS, ToySettings, image_rng, render_background, render_scene,
+                          render_single_object)
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from models.backbone import LAYERS, SUPERVISED_URLS
 from tools.output import writing
@@ -49,7 +50,7 @@ def draw(index: int, seed: int) -> Tuple[np.ndarray, int]:
 
 
 def draw_all(count: int, seed: int) -> Tuple[Tensor, Tensor]:
-    """Draw images 0 … count - 1 on all cores; returns them as uint8 [count, 3, CANVAS, CANVAS], and labels int64 [count]."""
+    """Draw images 0 … count - 1 on all cores: uint8 [count, 3, CANVAS, CANVAS], and their labels int64 [count]."""
     draw(0, seed)  # before any worker: a missing photograph is one clear error, and forked workers inherit what is read
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
@@ -79,14 +80,18 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
+def resize(images: Tensor, size: int) -> Tensor:
+    """Float images [B, 3, H, W] -> [B, 3, size, size], antialiased as the detector's input is."""
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
 def training_batch(images: Tensor, step: int, generator: torch.Generator) -> Tensor:
-    """Cut, resize, flip and turn a batch of drawn images: uint8 [B, 3, CANVAS, CANVAS] -> float32 [B, 3, size, size]."""
+    """Cut, resize, flip and turn drawn images: uint8 [B, 3, CANVAS, CANVAS] -> float32 [B, 3, size, size]."""
     crop = int(torch.randint(CROPS[0], CROPS[1] + 1, (), generator=generator))
     x, y = torch.randint(0, CANVAS - crop + 1, (2,), generator=generator).tolist()
     flip, turn = (torch.rand(2, generator=generator) < 0.5).tolist()
     size = SIZES[step % len(SIZES)]
-    batch = normalise(images[:, :, y:y + crop, x:x + crop])
-    batch = F.interpolate(batch, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    batch = resize(normalise(images[:, :, y:y + crop, x:x + crop]), size)
     if flip:
         batch = batch.flip(3)
     if turn:
@@ -124,7 +129,7 @@ def measure(resnet: nn.Module, images: Tensor, labels: Tensor) -> Dict[str, floa
     Args: images uint8 [N, 3, CANVAS, CANVAS] and labels int64 [N], both kinds of class among them.
     """
     resnet.eval()
-    small = F.interpolate(normalise(images), (TEST_SIZE, TEST_SIZE), mode="bilinear", antialias=True, align_corners=False)
+    small = resize(normalise(images), TEST_SIZE)
     features = torch.cat([feature_map(resnet, batch).mean((2, 3)) for batch in small.split(200)])
     correct = resnet.fc(features).argmax(1) == labels
     is_object = labels < len(CLASSES)
@@ -142,9 +147,9 @@ def measure(resnet: nn.Module, images: Tensor, labels: Tensor) -> Dict[str, floa
 def measure_places(resnet: nn.Module, device: torch.device, scenes: int = 100, patches: int = 6) -> Tuple[float, float]:
     """How well a patch's features find its place in the image, which is what the patch pretext will ask for.
 
-    A random patch (16 to 96 px of an image of 128, resized to 48) is compared with boxes of its own size on a grid by the
-    cosine similarity of pooled features. Returns the mean IoU of the most similar box with the patch's, and the mean IoU of all
-    boxes, which is chance.
+    A random patch (16 to 96 px of an image of 128, resized to 48) is compared with boxes of its own size on a grid by
+    the cosine similarity of pooled features. Returns the mean IoU of the most similar box with the patch's box, and the
+    mean IoU of all boxes, which is chance.
     """
     resnet.eval()
     rng = np.random.default_rng(0)
@@ -158,7 +163,7 @@ def measure_places(resnet: nn.Module, device: torch.device, scenes: int = 100, p
         for _ in range(patches):
             w, h = (int(rng.integers(16, min(97, side - 1))) for side in (width, height))
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            patch = F.interpolate(image[:, :, y:y + h, x:x + w], (48, 48), mode="bilinear", antialias=True, align_corners=False)
+            patch = resize(image[:, :, y:y + h, x:x + w], 48)
             left, top = torch.meshgrid(torch.linspace(0, width - w, 9), torch.linspace(0, height - h, 9), indexing="ij")
             boxes = torch.stack([left, top, left + w, top + h], dim=-1).view(-1, 4).to(device)
             stride = width / features.shape[3]
@@ -211,9 +216,11 @@ def main(args: argparse.Namespace) -> Optional[Dict[str, float]]:
     results = measure(resnet, images[args.num_images:], labels[args.num_images:])
     results["patch IoU"], results["patch IoU by chance"] = measure_places(resnet, device)
     print(", ".join(f"{name} {value:.3f}" for name, value in results.items()))
-    state = {name: value.cpu().contiguous() for name, value in resnet.state_dict().items() if not name.startswith("fc.")}
+    state = {name: value.cpu().contiguous() for name, value in resnet.state_dict().items()
+             if not name.startswith("fc.")}
     save_checkpoint({"model": state, "args": vars(args), "results": results}, args.output)
-    print(f"wrote {args.output} in {time.perf_counter() - start:.0f} s: {args.backbone} up to {args.backbone_last_layer}")
+    seconds = time.perf_counter() - start
+    print(f"wrote {args.output} in {seconds:.0f} s: {args.backbone} up to {args.backbone_last_layer}")
     return results
 
 

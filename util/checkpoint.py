@@ -1,11 +1,11 @@
 """Reading and writing checkpoints: whole or absent on disk, plain types only, nothing executed on loading."""
 import argparse
+import hashlib
+import http.client
 import os
 import pathlib
 import re
 import socket
-import tempfile
-import urllib.error
 from typing import Any, Dict, List, Optional
 from urllib.parse import urlparse
 
@@ -21,6 +21,8 @@ torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pat
 
 DOWNLOAD_TIMEOUT_S = 30
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,64})\.")
+# How torch's weights-only loader says that a pickle names something it would have to import or call.
+NOT_PLAIN = re.compile(r"Unsupported (global|class)|unsupported GLOBAL|unrecognized function", re.IGNORECASE)
 
 
 def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
@@ -34,17 +36,20 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
     Raises:
         InputError: if it can't be had, isn't whole, or holds anything but tensors and plain data.
     """
-    path = _download(location, flag) if urlparse(str(location)).scheme in ("http", "https") else str(location)
+    downloaded = urlparse(str(location)).scheme in ("http", "https")
+    path = _download(location, flag) if downloaded else str(location)
     if not os.path.isfile(path):
         raise InputError(f"{flag} {location}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if NOT_PLAIN.search(str(error)):
             raise InputError(f"{flag} {path}: refused, since it holds Python objects other than tensors and plain data, "
                              "which could execute code when loaded") from error
-        raise InputError(f"{flag} {path}: not a checkpoint, or damaged "
-                         f"({type(error).__name__}: {_first_line(error)})") from error
+        if downloaded:  # else the next run would find the same broken file
+            os.remove(path)
+        raise InputError(f"{flag} {location if downloaded else path}: not a checkpoint, or damaged "
+                         f"({type(error).__name__}: {_first_sentence(error)})") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{flag} {path}: a checkpoint is a dict, this holds a {type(checkpoint).__name__}")
     return checkpoint
@@ -53,26 +58,28 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
 def _download(url: str, flag: str) -> str:
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     name = os.path.basename(urlparse(url).path)
+    found = HASH_IN_NAME.search(name)
+    if not found:  # many files are called checkpoint.pth
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     path = os.path.join(folder, name)
     if os.path.exists(path):
         return path
-    os.makedirs(folder, exist_ok=True)
-    found = HASH_IN_NAME.search(name)
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
+        os.makedirs(folder, exist_ok=True)
         print_main(f"downloading {url} to {path}")
         torch.hub.download_url_to_file(url, path, hash_prefix=found.group(1) if found else None, progress=False)
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
-        raise InputError(f"{flag}: {url} could not be downloaded ({_first_line(error)}); "
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        raise InputError(f"{flag}: {url} could not be downloaded ({_first_sentence(error)}); "
                          f"fetch it on another machine and pass {flag} FILE") from error
     finally:
         socket.setdefaulttimeout(previous)
     return path
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _first_sentence(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def save_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
@@ -82,29 +89,23 @@ def save_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
         InputError: if it can't be written; an earlier file of that name is then untouched.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=os.path.basename(path) + ".", suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # a temporary file is private, a checkpoint isn't
         os.replace(temporary, path)
         _fsync_folder(folder)
     except (OSError, RuntimeError) as error:
+        # torch's writer hides the system's reason behind one of its own.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         kept = f"; the earlier {path} is intact" if os.path.exists(path) else ""
-        raise InputError(f"could not write the checkpoint {path} ({_first_line(error)}){kept}") from error
+        raise InputError(f"could not write the checkpoint {path} ({_first_sentence(reason)}){kept}") from error
     finally:
-        if temporary and os.path.exists(temporary):
+        if os.path.exists(temporary):
             os.remove(temporary)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _fsync_folder(folder: str) -> None:

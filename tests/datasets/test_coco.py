@@ -190,7 +190,7 @@ def test_boxes_outside_are_left_out_with_a_message(world, capsys):
 
 
 @pytest.mark.parametrize("field, value, message", [
-    ("bbox", [10, 5, NAN, 10], "annotation id 11 (image 3.jpg) of {file} has the box [10, 5, nan, 10], not four finite"),
+    ("bbox", [10, 5, NAN, 10], "annotation id 11 (image 3.jpg) of {file} has the box [10, 5, nan, 10], not four"),
     ("bbox", [10, 5, -4, 10], "annotation id 11 (image 3.jpg) of {file} has the box [10, 5, -4, 10] with a negative"),
     ("bbox", [10, 5, 4], "annotation id 11 (image 3.jpg) of {file} has the box [10, 5, 4], not four finite"),
     ("bbox", None, "annotation id 11 (image 3.jpg) of {file} has the box None, not four finite"),
@@ -211,7 +211,8 @@ def test_wrong_annotations_are_refused_by_name(world, field, value, message):
 
 
 def test_category_beyond_the_classes_is_refused(world):
-    with pytest.raises(InputError, match=r"annotation id 11 \(image 3.jpg\) .*json has category_id 4, but the model has 3"):
+    message = r"annotation id 11 \(image 3.jpg\) .*json has category_id 4, but the model has 3"
+    with pytest.raises(InputError, match=message):
         build_dataset("train", arguments(world.root, num_classes=3))
 
 
@@ -259,7 +260,7 @@ def test_unreadable_images_are_refused_by_name(world, workers):
     try:
         next(batches)
     except InputError as error:
-        sentence = error.with_traceback(None).sentence   # the traceback would keep the worker alive until it is collected
+        sentence = error.with_traceback(None).sentence   # its traceback would keep the worker alive for a while
     assert sentence.startswith(f"image file {world.root / 'train2017/3.jpg'} cannot be decoded")
     assert sentence.endswith(f"(image id 3 of {world.root / 'annotations/instances_train2017.json'})")
 
@@ -277,6 +278,13 @@ def test_missing_images_and_other_sizes_are_refused(world):
         dataset[1]
     with pytest.raises(InputError, match=r"7.jpg is 40x60 pixels, but image id 7 of .* says 60x40"):
         dataset[2]
+
+
+def test_senseless_sizes_are_refused(world):
+    with pytest.raises(InputError, match="--val_size, .* must be at least 1"):
+        build_dataset("val", arguments(world.root, val_size=0))
+    with pytest.raises(InputError, match=r"--crop_size \[60, 40\] is not a smallest and a largest side"):
+        build_dataset("train", arguments(world.root, crop_size=[60, 40]))
 
 
 def test_segmentations_that_cannot_be_drawn_are_refused(world):

@@ -59,7 +59,8 @@ def random_detections(ground_truth, seed):
         masks = torch.zeros(len(boxes), 1, 100, 120)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.clamp(min=0).round().int().tolist()):
             mask[0, y0:y1, x0:x1] = 1
-        predictions[image["id"]] = {"boxes": boxes, "masks": masks, "scores": torch.tensor(rng.random(len(boxes))).float(),
+        scores = torch.tensor(rng.random(len(boxes)), dtype=torch.float32)
+        predictions[image["id"]] = {"boxes": boxes, "masks": masks, "scores": scores,
                                     "labels": torch.tensor(np.array(labels, dtype=np.int64))}
     return predictions
 
@@ -166,8 +167,8 @@ def test_no_images_at_all():
 
 
 def test_per_class_by_hand():
-    """Class a: one of two objects found, exactly: precision 1 up to recall 1/2 is AP 51/101. Class b: found with IoU 0.8,
-    so at the thresholds .50 to .80: AP 7/10. Class c has no object."""
+    """Class a: one of two objects found, exactly: precision 1 up to recall 1/2 is AP 51/101. Class b: found with IoU
+    0.8, so at the thresholds .50 to .80: AP 7/10. Class c has no object."""
     ground_truth = {
         "images": [{"id": 1}],
         "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": "c"}],

@@ -1,4 +1,4 @@
-"""The laws of the pretext: where patches come from, how they are augmented, and what happens to files that are no use."""
+"""The laws of the pretext: where patches come from, how they are augmented, and what becomes of files of no use."""
 import argparse
 import os
 import time
@@ -110,7 +110,8 @@ def test_targets(folder):
     assert target["orig_size"].tolist() == [40, 60] and target["size"].tolist() == [height, width]
     assert target["image_id"].tolist() == [1]
     torch.testing.assert_close(target["area"], target["boxes"][:, 2:].prod(1) * height * width)
-    assert (box_cxcywh_to_xyxy(target["boxes"]) >= -1e-6).all() and (box_cxcywh_to_xyxy(target["boxes"]) <= 1 + 1e-6).all()
+    corners = box_cxcywh_to_xyxy(target["boxes"])
+    assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
     assert "control_patches" not in target
     assert num_classes_and_names(arguments(folder)) == (2, {1: "patch"})
 
@@ -152,9 +153,9 @@ def test_batches_do_not_depend_on_the_workers(folder, image_set):
 
     reference = batches(0)
     for num_workers in (1, 2):
-        for (images, patches, targets), (images2, patches2, targets2) in zip(reference, batches(num_workers), strict=True):
-            assert torch.equal(images.tensors, images2.tensors) and torch.equal(patches, patches2)
-            assert all(torch.equal(one[name], two[name]) for one, two in zip(targets, targets2) for name in one)
+        for (images, patches, targets), other in zip(reference, batches(num_workers), strict=True):
+            assert torch.equal(images.tensors, other[0].tensors) and torch.equal(patches, other[1])
+            assert all(torch.equal(one[name], two[name]) for one, two in zip(targets, other[2]) for name in one)
 
 
 def test_evaluation_is_the_same_in_every_epoch_and_not_augmented(folder):
@@ -265,7 +266,8 @@ def test_too_many_unreadable_files_stop_the_run(folder):
     for name in ("n0/0.png", "n1/1.png"):
         (folder / name).write_bytes(b"")
     dataset = build_dataset("train", arguments(folder))
-    with pytest.raises(InputError, match=r"2 of the 6 images of .* cannot be read, which is more than 1%; the latest: .*1.png"):
+    message = "2 of the 6 images of .* cannot be read, which is more than 1%; the latest: .*1.png"
+    with pytest.raises(InputError, match=message):
         [dataset[index] for index in range(6)]
 
 

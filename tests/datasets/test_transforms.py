@@ -206,7 +206,8 @@ def test_sample_rng_is_a_function_of_its_three_numbers():
 
 
 @pytest.mark.parametrize("mode, value, expected", [
-    ("L", 77, (77, 77, 77)), ("RGB", (1, 2, 3), (1, 2, 3)), ("RGBA", (9, 8, 7, 0), (9, 8, 7)), ("LA", (50, 0), (50,) * 3),
+    ("L", 77, (77, 77, 77)), ("RGB", (1, 2, 3), (1, 2, 3)), ("RGBA", (9, 8, 7, 0), (9, 8, 7)),
+    ("LA", (50, 0), (50, 50, 50)),
     ("CMYK", (0, 0, 0, 0), (255, 255, 255)), ("1", 1, (255, 255, 255)), ("I;16", 0x8012, (128, 128, 128)),
 ])
 def test_every_mode_becomes_rgb(mode, value, expected):
