@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ProcessPoolExecutor
@@ -278,7 +279,8 @@ def _two_colours(rng: np.random.Generator, background: Array) -> Array:
     while True:
         colours = rng.uniform(10, 255, size=(2, 3))
         luminance = colours @ (0.299, 0.587, 0.114)
-        if abs(luminance[0] - luminance[1]) > 75 and np.linalg.norm(colours - background, axis=1).min() > 70:
+        seen = np.concatenate([colours, colours.mean(axis=0, keepdims=True)])  # a gradient passes through the middle
+        if abs(luminance[0] - luminance[1]) > 75 and np.linalg.norm(seen - background, axis=1).min() > 60:
             return colours.astype(np.float32)
 
 
@@ -446,9 +448,9 @@ class _Region:
 
 
 def _visible_mask(instance: Instance) -> Array:
-    """Pixels covered at least half, without crumbs that an occluder left."""
+    """Pixels covered more than half, so that no two objects share one, without crumbs that an occluder left."""
     from scipy import ndimage
-    mask = instance.coverage >= 0.5
+    mask = instance.coverage > 0.5
     labels, count = ndimage.label(mask)
     if count > 1:
         sizes = np.bincount(labels.ravel())
@@ -464,7 +466,7 @@ def _annotated_regions(scene: Scene) -> List[_Region]:
                for instance in scene.instances if not instance.in_crowd]
     crowd = [instance for instance in scene.instances if instance.in_crowd]
     if crowd:
-        union = Image.fromarray((sum(instance.coverage for instance in crowd) >= 0.5).astype(np.uint8) * 255)
+        union = Image.fromarray((sum(instance.coverage for instance in crowd) > 0.5).astype(np.uint8) * 255)
         blob = np.asarray(union.filter(ImageFilter.MaxFilter(5))) > 0
         for region in regions:
             blob &= ~region.mask
@@ -542,7 +544,7 @@ def _panoptic(scene: Scene, regions: Sequence[_Region]) -> Tuple[Array, List[Jso
     height, width = scene.image.shape[:2]
     covered = np.zeros((height, width), bool)
     for instance in scene.instances:
-        covered |= instance.coverage >= 0.5
+        covered |= instance.coverage > 0.5
     masks = [(region.mask, CLASSES[region.class_index].category_id, int(region.crowd)) for region in regions]
     for region in regions:
         covered |= region.mask
@@ -640,21 +642,45 @@ def _write_chunk(job: Tuple[str, str, int, int, ToySettings]) -> List[Json]:
     return [_write_labelled(Path(root), part, index, settings) for index in range(start, stop)]
 
 
-def _write_images(root: Path, settings: ToySettings, num_workers: int) -> Dict[str, List[Json]]:
+def map_in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], num_workers: Optional[int]) -> List[Any]:
+    """[function(job) for job in jobs], drawn by processes that read the photographs once.
+
+    Args:
+        function: a module's function; jobs and results travel between processes.
+        num_workers: None for one process per available core, 0 or 1 to stay in this process.
+    Raises:
+        InputError: if scikit-image's photographs are missing.
+    """
+    for index in range(len(PHOTOGRAPHS)):
+        _photograph(index)  # before the workers start: one clear error, and forked workers inherit what is read
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers <= 1:
+        return [function(job) for job in jobs]
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        return list(pool.map(function, jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted run must not finish all jobs first
+
+
+def _end_with_parent() -> None:
+    """Let this worker process end when its parent is killed, rather than wait for jobs for ever."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _write_images(root: Path, settings: ToySettings, num_workers: Optional[int]) -> Dict[str, List[Json]]:
     """Write all images with a pool of processes; returns the records of the labelled parts in the images' order."""
     counts = {"train": settings.num_train, "val": settings.num_val, "unlabelled": settings.num_unlabelled}
     jobs = [(str(root), part, start, min(start + 50, count), settings)
             for part, count in counts.items() for start in range(0, count, 50)]
-    for index in range(len(PHOTOGRAPHS)):
-        _photograph(index)  # before the workers start: one clear error, and forked workers inherit what is read
-    if num_workers <= 1:
-        results = [_write_chunk(job) for job in jobs]
-    else:
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-            results = list(pool.map(_write_chunk, jobs))
     records: Dict[str, List[Json]] = {"train": [], "val": []}
-    for job, result in zip(jobs, results):
+    for job, result in zip(jobs, map_in_processes(_write_chunk, jobs, num_workers)):
         if job[1] in records:
             records[job[1]].extend(result)
     return records
@@ -749,8 +775,6 @@ def write_toy(output_dir: Union[str, Path], settings: ToySettings = ToySettings(
     output_dir = Path(output_dir)
     if _is_already_there(output_dir, settings):
         return False
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     manifest = _manifest(settings)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.partial-", dir=output_dir.parent))

@@ -57,8 +57,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 class FeedForward(nn.Module):
     """Base of both layer kinds: holds the feed-forward parameters under DETR's names and applies them."""
 
-    def __init__(self, d_model: int, dim_feedforward: int, dropout: float, activation: str) -> None:
-        super().__init__()
+    def _add_feed_forward(self, d_model: int, dim_feedforward: int, dropout: float, activation: str) -> None:
+        # Called after the attentions are made: saved optimizers know parameters by their order, which is DETR's.
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
@@ -73,8 +73,9 @@ class TransformerEncoderLayer(FeedForward):
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
                  activation: str = "relu", normalize_before: bool = False) -> None:
-        super().__init__(d_model, dim_feedforward, dropout, activation)
+        super().__init__()
         self.self_attn = MultiheadAttention(d_model, nhead, dropout)
+        self._add_feed_forward(d_model, dim_feedforward, dropout, activation)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout1 = nn.Dropout(dropout)
@@ -99,9 +100,10 @@ class TransformerDecoderLayer(FeedForward):
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
                  activation: str = "relu", normalize_before: bool = False) -> None:
-        super().__init__(d_model, dim_feedforward, dropout, activation)
+        super().__init__()
         self.self_attn = MultiheadAttention(d_model, nhead, dropout)
         self.multihead_attn = MultiheadAttention(d_model, nhead, dropout)
+        self._add_feed_forward(d_model, dim_feedforward, dropout, activation)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)

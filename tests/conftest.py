@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from main import get_args_parser
 from util import recipes
@@ -67,3 +68,27 @@ def targets() -> List[Dict[str, Tensor]]:
     return [{"image_id": torch.tensor([5]), "labels": torch.tensor([1, 3]),
              "boxes": torch.tensor([[0.4, 0.5, 0.3, 0.2], [0.7, 0.3, 0.2, 0.4]])},
             {"image_id": torch.tensor([6]), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+
+
+class HostReads(TorchDispatchMode):
+    """Collects operations whose result's shape or value the host must know: on a GPU the host would wait for them."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_", "index_put") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1])
+        if name in self.WAITING or by_mask:
+            self.waited.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def host_reads() -> HostReads:
+    """A context; its `waited` then names the operations in it that would have waited."""
+    return HostReads()

@@ -1,17 +1,13 @@
 """Backbone weights for the toy world: `python -m tools.pretrain_toy_backbone --output FILE`.
 
-A stand-in for ImageNet weights, and no more than that: a torchvision ResNet learns, from random weights and with labels,
-to tell the seven classes of single toy objects, and the thirteen photographs without an object, in about a minute on two
-cores. It sees no object and no background pixel of the toy data set. The weights are for small detectors on toy data,
-through `--load_backbone FILE`.
+A stand-in for ImageNet weights, and no more than that: a torchvision ResNet learns, from random weights and with
+labels, to tell the seven classes of single toy objects, and the thirteen photographs without an object, in about a
+minute on two cores. It sees no object and no background pixel of the toy data set. The weights are for small detectors
+on toy data, through `--load_backbone FILE`.
 """
 import argparse
 import functools
-import multiprocessing
-import os
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -22,8 +18,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import box_iou, roi_align
 
-from datasets.toy import (CLASSES, PHOTOGRAPHS, ToySettings, image_rng, render_background, render_scene,
-                          render_single_object)
+from datasets.toy import (CLASSES, PHOTOGRAPHS, ToySettings, image_rng, map_in_processes, render_background,
+                          render_scene, render_single_object)
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from models.backbone import LAYERS, SUPERVISED_URLS
 from tools.output import writing
@@ -49,12 +45,15 @@ def draw(index: int, seed: int) -> Tuple[np.ndarray, int]:
     return image, class_index
 
 
+def draw_chunk(indices: range, seed: int) -> List[Tuple[np.ndarray, int]]:
+    """What a worker draws at a time."""
+    return [draw(index, seed) for index in indices]
+
+
 def draw_all(count: int, seed: int) -> Tuple[Tensor, Tensor]:
     """Draw images 0 … count - 1 on all cores: uint8 [count, 3, CANVAS, CANVAS], and their labels int64 [count]."""
-    draw(0, seed)  # before any worker: a missing photograph is one clear error, and forked workers inherit what is read
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        drawn = list(pool.map(functools.partial(draw, seed=seed), range(count), chunksize=200))
+    chunks = [range(start, min(start + 200, count)) for start in range(0, count, 200)]
+    drawn = sum(map_in_processes(functools.partial(draw_chunk, seed=seed), chunks, num_workers=None), [])
     images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
     return images.contiguous(), torch.tensor([label for _, label in drawn])
 

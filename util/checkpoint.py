@@ -1,6 +1,5 @@
 """Reading and writing checkpoints: whole or absent on disk, plain types only, nothing executed on loading."""
 import argparse
-import hashlib
 import http.client
 import os
 import pathlib
@@ -59,10 +58,9 @@ def _download(url: str, flag: str) -> str:
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     name = os.path.basename(urlparse(url).path)
     found = HASH_IN_NAME.search(name)
-    if not found:  # many files are called checkpoint.pth
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     path = os.path.join(folder, name)
-    if os.path.exists(path):
+    source = path + ".url"  # many files are called checkpoint.pth: remember which of them this one is
+    if os.path.exists(path) and (found or not os.path.exists(source) or _read(source) == url):
         return path
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
@@ -70,12 +68,20 @@ def _download(url: str, flag: str) -> str:
         os.makedirs(folder, exist_ok=True)
         print_main(f"downloading {url} to {path}")
         torch.hub.download_url_to_file(url, path, hash_prefix=found.group(1) if found else None, progress=False)
+        if not found:
+            with open(source, "w") as file:
+                file.write(url)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"{flag}: {url} could not be downloaded ({_first_sentence(error)}); "
                          f"fetch it on another machine and pass {flag} FILE") from error
     finally:
         socket.setdefaulttimeout(previous)
     return path
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -35,10 +35,10 @@ class SmoothedValue:
     def _flush(self) -> None:
         if not self._pending:
             return
-        values = [value for value, _ in self._pending]
-        if isinstance(values[0], torch.Tensor):
-            values = torch.stack([torch.as_tensor(value, dtype=torch.float32) for value in values]).tolist()
-        for value, (_, n) in zip(values, self._pending):
+        tensors = [value.float() for value, _ in self._pending if isinstance(value, torch.Tensor)]
+        read = iter(torch.stack(tensors).tolist() if tensors else [])
+        for value, n in self._pending:
+            value = next(read) if isinstance(value, torch.Tensor) else value
             self.window.append(value)
             self.total += value * n
             self.count += n
@@ -134,7 +134,11 @@ class MetricLogger:
             data_time.update(time.perf_counter() - end)
             yield item
             iter_time.update(time.perf_counter() - end)
-            if distributed.is_main_process() and (position % print_freq == 0 or position == length - 1):
+            at_line = position % print_freq == 0 or position == length - 1
+            if at_line:  # on all processes: those that print nothing would keep every tensor until the loop's end
+                for meter in self.meters.values():
+                    meter._flush()
+            if at_line and distributed.is_main_process():
                 remaining = datetime.timedelta(seconds=int(iter_time.global_avg * (length - 1 - position)))
                 fields = [f"{header}[{position:{len(str(length))}d}/{length}]", f"eta: {remaining}", str(self),
                           f"time: {iter_time}", f"data: {data_time}"]

@@ -39,6 +39,8 @@ FLAGS_OF = {
         "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
     **{name: ("coco", "voc") for name in ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
 }
+AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
+                "dec_layers", "patch_size")
 REQUIRED_PATH = {"coco": "coco_path", "voc": "voc_path", "imagenet": "imagenet_path"}
 
 
@@ -57,6 +59,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             if getattr(args, name) is not None and args.dataset_file not in datasets:
                 raise InputError(f"--{name} has no effect with --dataset_file {args.dataset_file}; "
                                  f"it belongs to {' and '.join(datasets)}")
+        _check_values(args)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -72,6 +75,17 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
                 args.num_workers = min(args.num_workers, _available_cpus())
     args.resolved = True
     return args
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    for name in AT_LEAST_ONE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
+    if args.hidden_dim % 4 or args.hidden_dim % args.nheads:
+        raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 4 and of --nheads {args.nheads}")
+    if args.fre_cnn and args.lr_backbone:
+        raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
 
 
 def require_data(args: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
 """The toy world: files as their layouts want them, reproducible, parts apart, never half written."""
 import itertools
 import json
+import multiprocessing
+import re
 import signal
 import subprocess
 import sys
@@ -72,12 +74,13 @@ def test_coco_boxes_lie_inside_and_fit_their_outlines(world, part):
         mask = data.annToMask(annotation)
         # An outline is drawn to a fraction of a pixel, and pycocotools fills it by its own rule.
         assert abs(int(mask.sum()) - annotation["area"]) <= 0.1 * annotation["area"] + 6
-        assert np.abs(np.subtract(box_around(mask), annotation["bbox"])).max() <= 1.0
         if annotation["iscrowd"]:
             assert mask.sum() == annotation["area"] and box_around(mask) == annotation["bbox"]
         else:
             points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in annotation["segmentation"]])
             assert (points >= 0).all() and (points <= (image["width"], image["height"])).all()
+            ends = points.min(axis=0), points.max(axis=0)
+            assert np.abs(np.concatenate(ends) - (x, y, x + width, y + height)).max() <= 1.0
 
 
 def test_a_ring_keeps_its_hole():
@@ -127,8 +130,9 @@ def test_panoptic_pictures_agree_with_their_json(world, part):
     for annotation in content["annotations"]:
         image = images[annotation["image_id"]]
         assert annotation["file_name"] == image["file_name"].replace(".jpg", ".png")
-        rgb = np.asarray(Image.open(world / f"coco/annotations/panoptic_{part}2017" / annotation["file_name"])).astype(int)
-        numbers = rgb @ (1, 256, 65536)
+        with Image.open(world / f"coco/annotations/panoptic_{part}2017" / annotation["file_name"]) as picture:
+            rgb = np.asarray(picture)
+        numbers = rgb.astype(int) @ (1, 256, 65536)
         assert numbers.shape == (image["height"], image["width"])
         assert set(np.unique(numbers)) - {0} == {segment["id"] for segment in annotation["segments_info"]}
         for segment in annotation["segments_info"]:
@@ -151,12 +155,13 @@ def test_voc_boxes_count_from_one_and_include_both_ends(world):
         for name in group:
             root = ElementTree.parse(world / f"VOCdevkit/{year}/Annotations/{name}.xml").getroot()
             with Image.open(world / f"VOCdevkit/{year}/JPEGImages/{root.findtext('filename')}") as picture:
-                assert [str(side) for side in picture.size] == [root.findtext("size/width"), root.findtext("size/height")]
+                assert picture.size == (int(root.findtext("size/width")), int(root.findtext("size/height")))
             boxes = []
             for element in root.iter("object"):
                 assert element.findtext("name") in CLASS_NAMES
                 difficult.add(element.findtext("difficult"))
-                left, top, right, bottom = (int(element.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
+                left, top, right, bottom = (int(element.findtext(f"bndbox/{side}"))
+                                            for side in ("xmin", "ymin", "xmax", "ymax"))
                 assert 1 <= left <= right <= picture.size[0] and 1 <= top <= bottom <= picture.size[1]
                 boxes.append([left - 1, top - 1, right - left + 1, bottom - top + 1])
             if image_set == "trainval":
@@ -230,8 +235,9 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert (tmp_path / "new" / "toy.json").exists()
 
 
-@pytest.mark.parametrize("change, flag", [({"image_size": 8}, "--image_size"), ({"num_val": -1}, "--num_val"),
-                                          ({"max_objects": 0}, "--max_objects"), ({"crowd_share": 1.5}, "--crowd_share")])
+@pytest.mark.parametrize("change, flag", [
+    ({"image_size": 8}, "--image_size"), ({"num_val": -1}, "--num_val"), ({"max_objects": 0}, "--max_objects"),
+    ({"crowd_share": 1.5}, "--crowd_share")])
 def test_values_out_of_range_name_their_flag(tmp_path, change, flag):
     with pytest.raises(InputError, match=flag):
         write_toy(tmp_path / "toy", ToySettings(**change))
@@ -247,25 +253,50 @@ def test_a_failing_run_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_terminated_program_leaves_nothing(tmp_path, root):
-    command = [sys.executable, "-m", "datasets.toy", "--output_dir", str(tmp_path / "toy"), "--num_unlabelled", "100000"]
-    program = subprocess.Popen(command, cwd=root)
-    try:
-        while program.poll() is None and not list(tmp_path.rglob("*.jpg")):
-            time.sleep(0.02)
-        program.send_signal(signal.SIGTERM)
-        assert program.wait(timeout=30) == 143
-    finally:
-        program.kill()
+def start_writing(folder):
+    """A program of its own that is in the middle of writing far more images than it will get to."""
+    flags = ["--output_dir", str(folder), "--num_unlabelled", "99999", "--num_workers", "2"]
+    args = toy.get_args_parser().parse_args(flags)
+    program = multiprocessing.get_context("fork").Process(target=toy.main, args=(args,))
+    program.start()
+    while program.is_alive() and not list(folder.parent.rglob("*.jpg")):
+        time.sleep(0.02)
+    return program
+
+
+def test_a_terminated_program_leaves_nothing(tmp_path):
+    program = start_writing(tmp_path / "toy")
+    program.terminate()
+    program.join(60)
+    assert program.exitcode == 143
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_program_says_what_it_made_and_what_is_wrong(tmp_path, root):
-    command = [sys.executable, "-m", "datasets.toy", "--output_dir", str(tmp_path / "toy"), "--num_unlabelled", "2",
-               "--num_train", "3", "--num_val"]
-    made = subprocess.run([*command, "2"], cwd=root, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    assert "2 unlabelled images" in made.stdout and "3 train images" in made.stdout
-    refused = subprocess.run([*command, "1"], cwd=root, capture_output=True, text=True)
+def test_a_killed_program_leaves_no_data_set_and_no_workers(tmp_path):
+    program = start_writing(tmp_path / "toy")
+    program.kill()
+    program.join(60)
+    assert not (tmp_path / "toy").exists()
+    deadline = time.monotonic() + 60
+    written = -1
+    while written != (written := len(list(tmp_path.rglob("*.jpg")))):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_the_program_says_what_it_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    args = toy.get_args_parser().parse_args(["--output_dir", str(tmp_path / "toy"), "--num_unlabelled", "2",
+                                             "--num_train", "3", "--num_val", "2", "--num_workers", "1"])
+    toy.main(args)
+    printed = capsys.readouterr().out
+    assert re.search(r"2 unlabelled images.*3 train images.*2 val images.*wrote .*toy in", printed, re.DOTALL)
+    toy.main(args)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_program_tells_mistakes_in_one_line(tmp_path, root):
+    command = [sys.executable, "-m", "datasets.toy", "--output_dir", str(tmp_path / "toy"), "--image_size", "5"]
+    refused = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: --output_dir") and refused.stderr.count("\n") == 1
+    assert refused.stderr == "error: --image_size must lie between 32 and 4096, got 5\n"

@@ -64,6 +64,15 @@ def test_model_equals_the_published_one(published, name):
     assert list(postprocessors) == ["bbox"]
 
 
+def test_parameters_are_in_the_published_order(published):
+    """A saved optimizer knows parameters by their position alone."""
+    own = list(build_without_memory(published_args(published, "detr_resnet50"))[0].state_dict())
+    assert own == list(published["models"]["detr_resnet50"]["add"])
+    own = list(build_without_memory(published_args(published, "updetr_pretrain"))[0].state_dict())
+    pretext_only = [key for key in published["models"]["updetr_pretrain"]["add"] if not key.startswith("class_embed")]
+    assert [key for key in own if key in pretext_only] == pretext_only
+
+
 @pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", "updetr_pretrain", "updetr_pretrain_no_recon"])
 def test_losses_are_reported_under_the_published_names(published, images, targets, name):
     small = dict(backbone="resnet18", hidden_dim=32, nheads=4, enc_layers=1, dim_feedforward=32)

@@ -26,7 +26,7 @@ def short_run(tmp_path_factory):
 
 def test_a_detector_takes_the_weights(short_run, capsys):
     output, _ = short_run
-    backbone = Backbone("resnet18", train_backbone=False, return_interm_layers=False, dilation=False, last_layer="layer3")
+    backbone = Backbone("resnet18", False, return_interm_layers=False, dilation=False, last_layer="layer3")
     load_backbone_weights(backbone.body, str(output), "resnet18")
     state = load_checkpoint(str(output))["model"]
     assert torch.equal(backbone.body.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])

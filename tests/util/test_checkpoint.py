@@ -215,7 +215,7 @@ def server(monkeypatch, tmp_path):
 
 
 def cached_files(tmp_path):
-    return sorted(path.name for path in (tmp_path / "cache" / "hub" / "checkpoints").glob("*"))
+    return sorted(path.name for path in (tmp_path / "cache" / "hub" / "checkpoints").glob("*.pth*") if path.suffix != ".url")
 
 
 def test_a_url_is_downloaded_once_and_its_hash_checked(server, tmp_path):
@@ -262,9 +262,15 @@ def test_a_broken_download_does_not_stay(server, tmp_path, name):
 
 
 def test_files_of_one_name_from_different_places_are_told_apart(server):
-    epochs = [load_checkpoint(f"{server}/{folder}/checkpoint.pth")["epoch"] for folder in "abab"]
-    assert epochs == [1, 2, 1, 2]
-    assert Files.requests == ["/a/checkpoint.pth", "/b/checkpoint.pth"]
+    assert [load_checkpoint(f"{server}/{folder}/checkpoint.pth")["epoch"] for folder in "aabba"] == [1, 1, 2, 2, 1]
+    assert Files.requests == ["/a/checkpoint.pth", "/b/checkpoint.pth", "/a/checkpoint.pth"]
+
+
+def test_a_file_put_into_the_cache_by_hand_is_used(server, tmp_path):
+    """As torch.hub or a user without network puts it there."""
+    save_checkpoint({"epoch": 8}, str(tmp_path / "cache" / "hub" / "checkpoints" / "swav_800ep_pretrain.pth.tar"))
+    assert load_checkpoint(f"{server}/deepcluster/swav_800ep_pretrain.pth.tar") == {"epoch": 8}
+    assert Files.requests == []
 
 
 def test_a_cache_that_cannot_be_written(server, tmp_path):

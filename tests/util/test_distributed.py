@@ -1,0 +1,127 @@
+"""Two real processes with gloo, started by torchrun, and the same functions without any process group."""
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.util import distributed_worker
+from util import distributed
+from util.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, root):
+    """Findings of both processes, with what they printed and the order in which they passed `local_main_first`."""
+    folder = tmp_path_factory.mktemp("two")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             str(root / "tests" / "util" / "distributed_worker.py"), str(folder)],
+                            cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return {"ranks": ranks, "stdout": result.stdout, "order": (folder / "order").read_text()}
+
+
+def both(two, name):
+    return [rank[name] for rank in two["ranks"]]
+
+
+def test_launcher_is_understood(two):
+    assert both(two, "args") == [[True, 0, 2, 0], [True, 1, 2, 1]]
+    assert both(two, "state") == [[True, 2, True], [True, 2, False]]
+    assert both(two, "left") == [[False, 1, 0]] * 2
+
+
+def test_all_gather_takes_objects_of_any_size_in_order(two):
+    expected = [{"rank": rank, "values": list(range(1 + 1000 * rank))} for rank in range(2)]
+    assert both(two, "gathered") == [expected, expected]
+
+
+def test_reduce_dict(two):
+    assert both(two, "mean") == [{"a": 5, "b": 2}] * 2
+    assert both(two, "sum") == [{"a": 10, "b": 4}] * 2
+    assert both(two, "kept") == [{"a": 0, "b": 1}, {"a": 10, "b": 3}], "the arguments stay as they were"
+
+
+def test_reduce_sum(two):
+    assert both(two, "reduced") == [[2, 1]] * 2
+    assert both(two, "reduced_kept") == [[1, 0], [1, 1]]
+
+
+def test_averages_are_over_all_values_however_they_are_shared_out(two):
+    # Process 0 saw 1, 2, 3, process 1 saw 10: 16 / 4, not the mean (2 + 10) / 2 of two means. One meter is process 1's alone.
+    assert both(two, "averages") == [{"loss": 4, "seldom": 4}] * 2
+
+
+def test_only_the_main_process_prints(two):
+    assert two["stdout"].count("printed by the main process") == 1
+    assert two["stdout"].count("distributed: 2 processes, gloo, env://") == 1
+    assert two["stdout"].count("Test:  [0/3]") == 1 and two["stdout"].count("Test:  Total time") == 1
+
+
+def test_the_first_process_of_a_node_goes_ahead(two):
+    assert two["order"] == "01"
+
+
+def test_gradients_of_two_processes_average_to_those_of_one(two):
+    """Also where one process has no object at all: normalisers are those of the whole batch."""
+    inputs, targets = distributed_worker.batch()
+    assert [len(target["labels"]) for target in targets[2:]] == [0, 0]
+    loss, gradient = distributed_worker.loss_and_gradient(inputs, targets)
+    torch.testing.assert_close(sum(both(two, "gradient")) / 2, gradient, rtol=1e-5, atol=1e-6)
+    assert sum(both(two, "loss")) / 2 == pytest.approx(loss, rel=1e-5)
+
+
+# One process.
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_process_without_any_set_up(no_launcher, capsys):
+    assert (distributed.get_rank(), distributed.get_world_size(), distributed.is_main_process()) == (0, 1, True)
+    assert not distributed.is_dist_avail_and_initialized()
+    assert distributed.all_gather("anything") == ["anything"]
+    losses = {"a": torch.tensor(1.0)}
+    assert distributed.reduce_dict(losses) is losses
+    distributed.barrier()
+    with distributed.local_main_first():
+        distributed.print_main("hello", 3)
+    distributed.shutdown()
+    assert capsys.readouterr().out == "hello 3\n"
+
+
+def test_no_launcher_means_one_process(no_launcher):
+    args = argparse.Namespace(device="cpu", dist_url="env://", world_size=1)
+    distributed.init_distributed_mode(args)
+    assert (args.distributed, args.rank, args.world_size, args.gpu) == (False, 0, 1, 0)
+
+
+def test_several_processes_need_a_launcher(no_launcher):
+    args = argparse.Namespace(device="cpu", dist_url="env://", world_size=4)
+    with pytest.raises(InputError, match="^--world_size 4 needs that many processes: start main.py through torchrun"):
+        distributed.init_distributed_mode(args)
+
+
+def test_slurm_is_understood(no_launcher, monkeypatch, tmp_path):
+    """A job of one process on one node has a rank too; a job step of several joins a group."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    args = argparse.Namespace(device="cpu", dist_url="env://", world_size=1)
+    distributed.init_distributed_mode(args)
+    assert not args.distributed
+    script = ("import argparse, sys\nfrom util import distributed\n"
+              f"args = argparse.Namespace(device='cpu', dist_url='file://{tmp_path}/meet', world_size=1)\n"
+              "distributed.init_distributed_mode(args)\n"
+              "print(args.rank, args.gpu, distributed.all_gather(args.rank))\ndistributed.shutdown()\n")
+    processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
+                                  env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"})
+                 for rank in range(2)]
+    lines = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert lines == ["0 0 [0, 1]", "1 0 [0, 1]"]

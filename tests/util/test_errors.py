@@ -1,0 +1,48 @@
+"""A mistake of the user ends a program in one line; a fault of ours keeps its traceback."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from util.errors import InputError, run_program
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("error, status, line", [(InputError("--lr is negative"), 2, "error: --lr is negative\n"),
+                                                 (FloatingPointError("the loss became NaN"), 3, "error: the loss became NaN\n")])
+def test_one_line_and_a_status(error, status, line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_program(lambda: fail(error))
+    assert caught.value.code == status and capsys.readouterr().err == line
+
+
+def test_other_errors_pass():
+    with pytest.raises(ValueError, match="ours"):
+        run_program(lambda: fail(ValueError("ours")))
+    run_program(lambda: None)
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise InputError("image 3.jpg is broken")
+
+
+def test_the_sentence_comes_out_of_a_loading_worker():
+    loader = torch.utils.data.DataLoader(Broken(), num_workers=1)
+    with pytest.raises(InputError) as caught:
+        next(iter(loader))
+    assert "Traceback" in str(caught.value), "torch wraps it"
+    assert caught.value.sentence == "image 3.jpg is broken"
+
+
+def test_as_a_program(root):
+    script = "from util.errors import *; from util.misc import *; run_program(lambda: (_ for _ in ()).throw(InputError('no such file')))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: no such file\n")

@@ -1,0 +1,203 @@
+"""Defaults of every training, refusal of flags that mean nothing in it, and the originals' command lines."""
+import argparse
+
+import pytest
+
+from main import get_args_parser
+from util import recipes
+from util.errors import InputError
+
+
+def parse(*flags):
+    return argparse.ArgumentParser(parents=[get_args_parser()], allow_abbrev=False).parse_args([str(flag) for flag in flags])
+
+
+def resolved(*flags):
+    return recipes.resolve(parse("--device", "cpu", *flags))
+
+
+# Resolving.
+
+
+@pytest.mark.parametrize("flags, dataset", [((), "coco"), (("--coco_path", "x"), "coco"), (("--voc_path", "x"), "voc"),
+                                            (("--imagenet_path", "x"), "imagenet"), (("--dataset_file", "voc"), "voc")])
+def test_the_path_tells_the_training(flags, dataset):
+    assert resolved(*flags).dataset_file == dataset
+
+
+LABELLED = dict(epochs=300, lr_drop=200, lr=1e-4, lr_backbone=1e-5, eos_coef=0.1, weight_decay=1e-4, clip_max_norm=0.1,
+                load_backbone="supervised", num_queries=100, bbox_loss_coef=5, giou_loss_coef=2)
+PRETRAINING = dict(epochs=60, lr_drop=40, lr=1e-4, lr_backbone=1e-4, eos_coef=0.1, load_backbone="swav", num_patches=10,
+                   num_queries=100, feature_recon=False, fre_cnn=False, query_shuffle=False, match_within_group=False,
+                   patch_size=128, min_patch=8)
+
+
+@pytest.mark.parametrize("dataset, expected", [("coco", LABELLED), ("voc", LABELLED), ("imagenet", PRETRAINING)])
+def test_published_defaults(dataset, expected):
+    args = resolved("--dataset_file", dataset)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("dataset", ["coco", "voc"])
+def test_flags_of_pre_training_stay_unset_elsewhere(dataset):
+    args = resolved("--dataset_file", dataset)
+    assert all(getattr(args, name) is None for name in ("num_patches", "feature_recon", "fre_cnn", "patch_size", "imagenet_path"))
+
+
+@pytest.mark.parametrize("flags, weight", [(("--num_patches", 10), 0.1), (("--num_patches", 5, "--num_queries", 20), 0.25),
+                                           (("--num_patches", 1), 0.01), (("--num_patches", 5, "--eos_coef", 0.3), 0.3)])
+def test_no_match_weight_is_patches_over_queries(flags, weight):
+    assert resolved("--dataset_file", "imagenet", *flags).eos_coef == pytest.approx(weight)
+
+
+def test_backbone_rate_of_a_pre_training():
+    assert resolved("--dataset_file", "imagenet", "--lr", 2e-4).lr_backbone == 2e-4
+    assert resolved("--dataset_file", "imagenet", "--fre_cnn").lr_backbone == 0
+    assert resolved("--dataset_file", "imagenet", "--fre_cnn", "--lr_backbone", 0).lr_backbone == 0
+    with pytest.raises(InputError, match="^--lr_backbone 0.0001 would train the backbone that --fre_cnn freezes$"):
+        resolved("--dataset_file", "imagenet", "--fre_cnn", "--lr_backbone", 1e-4)
+
+
+def test_what_is_given_stays():
+    given = {"epochs": 7, "lr_drop": 5, "lr_backbone": 0.0, "eos_coef": 0.0, "num_workers": 99, "load_backbone": "none"}
+    for dataset in recipes.RECIPES:
+        args = resolved("--dataset_file", dataset, *[part for name, value in given.items() for part in (f"--{name}", value)])
+        assert {name: getattr(args, name) for name in given} == given
+
+
+def test_default_workers_are_at_most_one_per_cpu(monkeypatch):
+    for cpus, labelled, pretraining in ((64, 2, 16), (4, 2, 4), (1, 1, 1)):
+        monkeypatch.setattr(recipes, "_available_cpus", lambda: cpus)
+        assert resolved().num_workers == labelled
+        assert resolved("--dataset_file", "imagenet").num_workers == pretraining
+
+
+@pytest.mark.parametrize("flags", [(), ("--dataset_file", "imagenet", "--fre_cnn"), ("--voc_path", "x", "--remove_difficult")])
+def test_resolving_twice_changes_nothing(flags):
+    args = resolved(*flags)
+    before = dict(vars(args))
+    assert vars(recipes.resolve(args)) == before
+
+
+@pytest.mark.parametrize("dataset, flags, message", [
+    ("coco", ("--num_patches", 5), "--num_patches has no effect with --dataset_file coco; it belongs to imagenet"),
+    ("coco", ("--feature_recon",), "--feature_recon has no effect with --dataset_file coco; it belongs to imagenet"),
+    ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet"),
+    ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
+    ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco"),
+    ("imagenet", ("--num_classes", 3), "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and voc")])
+def test_a_flag_of_another_training_is_refused(dataset, flags, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        resolved("--dataset_file", dataset, *flags)
+
+
+def test_every_flag_that_belongs_to_some_trainings_exists():
+    known = vars(parse())
+    assert set(recipes.FLAGS_OF) <= set(known)
+    assert {name for recipe in recipes.RECIPES.values() for name in recipe} <= set(known)
+
+
+def test_every_flag_left_open_has_a_default_somewhere():
+    """A flag whose default is None is filled in by a recipe, or means "none" or "see the data set" by itself."""
+    itself = {"amp", "num_classes", "dataset_file", "coco_path", "voc_path", "imagenet_path", "imagenet_val_path", "max_patch",
+              "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device", "local_rank"}
+    recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
+    assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu,cpu"])
+def test_unknown_devices(device):
+    with pytest.raises(InputError, match=f"^--device {device} is not a device; use cuda, cuda:1 or cpu$"):
+        recipes.resolve(parse("--device", device))
+
+
+def test_a_machine_without_cuda(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert recipes.resolve(parse()).device == "cpu"
+    with pytest.raises(InputError, match="^--device cuda: this machine has no usable CUDA device; pass --device cpu$"):
+        recipes.resolve(parse("--device", "cuda"))
+
+
+@pytest.mark.parametrize("flag", ["batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches",
+                                  "hidden_dim", "nheads", "dec_layers", "patch_size"])
+def test_counts_must_be_positive(flag):
+    for value in (0, -3):
+        with pytest.raises(InputError, match=f"^--{flag} {value} must be at least 1$"):
+            resolved("--dataset_file", "imagenet", f"--{flag}", value)
+
+
+def test_width_must_suit_heads_and_positions():
+    for flags in (("--hidden_dim", 30, "--nheads", 5), ("--hidden_dim", 64, "--nheads", 6)):
+        with pytest.raises(InputError, match=rf"^--hidden_dim {flags[1]} must be a multiple of 4 and of --nheads {flags[3]}$"):
+            resolved(*flags)
+
+
+@pytest.mark.parametrize("dataset, flag", [("coco", "coco_path"), ("voc", "voc_path"), ("imagenet", "imagenet_path")])
+def test_data_must_be_somewhere(dataset, flag):
+    with pytest.raises(InputError, match=f"^--{flag} is missing: where is the data set"):
+        recipes.require_data(resolved("--dataset_file", dataset))
+    recipes.require_data(resolved(f"--{flag}", "somewhere"))
+
+
+def test_the_start_of_the_log_names_every_value():
+    args = resolved("--imagenet_path", "images", "--num_patches", 5)
+    title, values = recipes.describe(args).splitlines()
+    assert title == "UP-DETR pre-training"
+    assert {"epochs=60", "lr_drop=40", "eos_coef=0.05", "num_patches=5", "imagenet_path=images"} <= set(values.split("  "))
+    assert "resolved" not in values
+
+
+# The command line.
+
+# Flags of ours that no original has. A new flag is a decision: it enters this list with it.
+OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone", "--num_classes", "--match_within_group", "--patch_size",
+       "--min_patch", "--max_patch", "--pretrain_sizes", "--pretrain_max_size", "--voc_path", "--imagenet_val_path",
+       "--held_out_share", "--train_sizes", "--crop_resize", "--crop_size", "--val_size", "--max_size", "--eval_every",
+       "--local_rank", "--local-rank"}
+# Flags of the originals for masks, which this program doesn't train.
+ABSENT = {"--frozen_weights": ["x.pth"], "--masks": [], "--mask_loss_coef": ["1"], "--dice_loss_coef": ["1"],
+          "--coco_panoptic_path": ["x"]}
+RECIPE_FLAGS = {"detr": (), "updetr_finetune": (), "updetr_pretrain": ("--dataset_file", "imagenet")}
+TYPES = {"float": float, "int": int, "str": str, None: str}
+
+
+def own_flags():
+    return {option: action for action in get_args_parser()._actions for option in action.option_strings}
+
+
+def test_no_flag_came_or_went(original_flags):
+    originals = {flag for program in original_flags.values() for flag in program}
+    assert set(own_flags()) == (originals - set(ABSENT)) | OWN
+
+
+@pytest.mark.parametrize("program", RECIPE_FLAGS)
+def test_flags_of_the_originals_keep_their_meaning(original_flags, program):
+    own, args = own_flags(), resolved(*RECIPE_FLAGS[program])
+    for flag, original in original_flags[program].items():
+        if flag in ABSENT:
+            continue
+        action = own[flag]
+        assert action.dest == original["dest"], flag
+        assert type(action).__name__ == f"_{original['action']}", flag
+        if original["action"] == "StoreAction":
+            assert (action.type or str) is TYPES[original["type"]], flag
+        if original["choices"]:
+            assert list(action.choices) == original["choices"], flag
+        # Decided by the machine, or by the path that is given.
+        if flag in ("--device", "--num_workers", "--dataset_file", "--imagenet_path"):
+            continue
+        assert getattr(args, action.dest) == (original["default"] if flag != "--remove_difficult" else False), flag
+
+
+@pytest.mark.parametrize("flag", ABSENT)
+def test_flags_that_do_nothing_yet_are_refused(flag, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(flag, *ABSENT[flag])
+    assert caught.value.code == 2 and f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def test_panoptic_data_and_shortened_flags_are_refused(capsys):
+    for flags in (("--dataset_file", "coco_panoptic"), ("--lr_back", "1e-5"), ("--imagenet", "x")):
+        with pytest.raises(SystemExit):
+            parse(*flags)
+    assert "invalid choice: 'coco_panoptic'" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""What a run carries on: saved and resumed state, the log's lines, and which checkpoint `--resume` means."""
+import argparse
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.errors import InputError
+from util.training_state import TrainingState, append_log, find_resume, open_log
+
+
+def make_state(seed=0, lr_drop=2, parts=2):
+    """A run of a small network with two optimizer groups, as a detector's."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    groups = [{"params": model[1].parameters()}, {"params": model[0].parameters(), "lr": 0.01}][:parts]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    return TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, lr_drop),
+                         torch.amp.GradScaler("cpu", enabled=False), {1: "cat"})
+
+
+def train_epoch(state):
+    """An epoch of one step on random data, which takes the random state along."""
+    state.optimizer.zero_grad()
+    state.model(torch.randn(5, 3)).square().sum().backward()
+    state.optimizer.step()
+    state.lr_scheduler.step()
+
+
+def rates(state):
+    return [group["lr"] for group in state.optimizer.param_groups]
+
+
+def test_resumed_training_goes_on_as_if_never_stopped(tmp_path):
+    args = argparse.Namespace(output_dir=str(tmp_path), lr=0.1, sizes=(1, 2), device=torch.device("cpu"))
+    straight = make_state()
+    train_epoch(straight)
+    straight.best = 0.25
+    straight.save(args, 0, ["checkpoint.pth", "checkpoint0000.pth"])
+    for _ in range(2):
+        train_epoch(straight)
+
+    resumed = make_state(seed=5)
+    resumed.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth", lr_drop=2)
+    assert (resumed.epoch, resumed.best) == (1, 0.25)
+    for _ in range(2):
+        train_epoch(resumed)
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert rates(resumed) == rates(straight) == pytest.approx([0.01, 0.001]), "dropped once, after the second epoch"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pth", "checkpoint0000.pth"]
+
+
+def test_checkpoints_hold_plain_types(tmp_path):
+    args = argparse.Namespace(output_dir=str(tmp_path), lr=0.1, sizes=(1, 2), device=torch.device("cpu"), amp=None)
+    make_state().save(args, 3, ["checkpoint.pth"])
+    checkpoint = load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert checkpoint["args"] == {"output_dir": str(tmp_path), "lr": 0.1, "sizes": [1, 2], "device": "cpu", "amp": None}
+    assert checkpoint["epoch"] == 3 and checkpoint["class_names"] == {1: "cat"}
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "args"} <= set(checkpoint)
+
+
+def test_another_step_drop_counts_from_now_on(tmp_path):
+    args = argparse.Namespace(output_dir=str(tmp_path))
+    make_state(lr_drop=2).save(args, 0, ["checkpoint.pth"])
+    state = make_state(lr_drop=1)
+    state.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth", lr_drop=1)
+    train_epoch(state)
+    assert rates(state) == pytest.approx([0.01, 0.001])
+
+
+def test_weights_alone_start_at_epoch_0(capsys):
+    source, state = make_state(seed=1), make_state(seed=2)
+    state.resume({"model": source.model.state_dict()}, "detr.pth", lr_drop=2)
+    assert state.epoch == 0 and torch.equal(state.model[0].weight, source.model[0].weight)
+    assert capsys.readouterr().out == "resume: detr.pth holds weights only; training starts at epoch 0\n"
+
+
+def test_an_original_checkpoint_resumes_without_our_additions(tmp_path):
+    """The originals store neither random states nor a best figure nor a scaler."""
+    args = argparse.Namespace(output_dir=str(tmp_path))
+    make_state().save(args, 7, ["checkpoint.pth"])
+    checkpoint = load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    original = {name: checkpoint[name] for name in ("model", "optimizer", "lr_scheduler", "epoch", "args")}
+    state = make_state(seed=3)
+    state.resume(original, "checkpoint.pth", lr_drop=2)
+    assert state.epoch == 8 and state.best is None
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
+    args = argparse.Namespace(output_dir=str(tmp_path))
+    make_state(parts=1).save(args, 0, ["checkpoint.pth"])
+    with pytest.raises(InputError, match=r"^--resume a.pth: its optimizer state doesn't fit the flags \(.*\); "
+                                         r"does --lr_backbone freeze other layers now\?$"):
+        make_state().resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "a.pth", lr_drop=2)
+
+
+def test_which_checkpoint_resume_means(tmp_path, capsys):
+    given = argparse.Namespace(resume="some.pth", output_dir="")
+    assert find_resume(given) == "some.pth"
+    auto = argparse.Namespace(resume="auto", output_dir=str(tmp_path))
+    path = tmp_path / "checkpoint.pth"
+    assert find_resume(auto) == "" and capsys.readouterr().out == f"resume: no {path} yet, starting fresh\n"
+    save_checkpoint({"epoch": 1}, str(path))
+    assert find_resume(auto) == str(path)
+    with pytest.raises(InputError, match="^--resume auto needs --output_dir"):
+        find_resume(argparse.Namespace(resume="auto", output_dir=""))
+
+
+def test_log_lines_of_epochs_that_are_redone_go(tmp_path):
+    folder = str(tmp_path)
+    for epoch in range(4):
+        append_log(folder, {"epoch": epoch, "train_loss": 0.5})
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 4, "train_lo')  # cut off by a crash
+    open_log(folder, first_epoch=2)
+    append_log(folder, {"epoch": 2, "train_loss": 0.25})
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines == [{"epoch": 0, "train_loss": 0.5}, {"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_loss": 0.25}]
+
+
+def test_a_new_log_needs_nothing(tmp_path):
+    open_log(str(tmp_path), first_epoch=0)
+    assert list(tmp_path.iterdir()) == []
