@@ -14,13 +14,16 @@ from typing import Any, Dict, List, Optional
 
 from util.errors import InputError, run_program
 
-# A detector small enough for two CPU cores: stride 16, 64 channels, 2 + 3 layers.
-MODEL = ("--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nheads 8 --dim_feedforward 256 --enc_layers 2 "
-         "--dec_layers 3 --num_queries 20 --dropout 0 --pre_norm").split()
-PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 5 --patch_size 48 --min_patch 16 --max_patch 96 "
-            "--pretrain_sizes 128 --pretrain_max_size 128 --held_out_share 0.03 --batch_size 16 --lr 1e-3").split()
+# A detector small enough for two CPU cores: stride 16, 64 channels, 1 + 2 layers.
+MODEL = ("--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --enc_layers 1 "
+         "--dec_layers 2 --num_queries 20 --dropout 0 --pre_norm --num_workers 1").split()
+PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 10 --patch_size 32 --min_patch 16 --max_patch 96 "
+            "--pretrain_sizes 128 --pretrain_max_size 128 --held_out_share 0.03 --lr 1e-3").split()
+PRETRAIN_BATCH = 16  # images a step, over all processes
 FINETUNE = ("--train_sizes 112 120 128 136 144 --val_size 128 --max_size 160 --batch_size 8 --lr 5e-4 "
-            "--lr_backbone 5e-5").split()
+            "--lr_backbone 0").split()
+# Let glibc keep the memory of freed tensors rather than hand it back to the system and ask for it anew at every step.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 30)}
 ARMS = ("scratch", "pretrained")
 
 
@@ -37,15 +40,16 @@ class Demo:
     def path(self, name: str) -> str:
         return str(self.folder / name)
 
-    def phase(self, name: str, *commands: List[str], logs: Optional[List[str]] = None) -> None:
-        """Run commands side by side and note how long they took; a phase that has been finished before is passed over."""
+    def phase(self, name: str, *commands: List[str], processes: int = 1, logs: Optional[List[str]] = None) -> None:
+        """Run commands, each of so many processes, side by side and note how long they took; a phase that has been finished
+        before is passed over."""
         if name in self.seconds:
             print(f"== {name}: done before, in {self.seconds[name]:.0f} s", flush=True)
             return
         print(f"== {name}", flush=True)
         start = time.perf_counter()
-        threads = str(max(1, (os.cpu_count() or 1) // len(commands)))
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+        threads = max(1, (os.cpu_count() or 1) // (len(commands) * processes))
+        environment = {"OMP_NUM_THREADS": str(threads), **KEEP_MEMORY, **os.environ}
         running = []
         for number, command in enumerate(commands):
             print("$ python " + " ".join(command), flush=True)
@@ -66,9 +70,8 @@ class Demo:
             if code:
                 raise InputError(f"{name}: a command failed with status {code}" + (f", see {logs[number]}" if logs else ""))
 
-    def train_command(self, run: str, seed: int, *flags: str) -> List[str]:
-        return ["main.py", *MODEL, *flags, "--num_workers", "1", "--seed", str(seed), "--output_dir", self.path(run),
-                "--resume", "auto"]
+    def train_command(self, run: str, *flags: str) -> List[str]:
+        return ["main.py", *MODEL, *flags, "--seed", str(self.args.seed), "--output_dir", self.path(run), "--resume", "auto"]
 
     def run(self) -> None:
         args = self.args
@@ -77,14 +80,17 @@ class Demo:
         self.phase("toy data", ["-m", "datasets.toy", "--output_dir", toy, "--num_unlabelled", str(args.num_unlabelled),
                                 "--num_train", str(args.num_labelled), "--num_val", str(args.num_val)])
         self.phase("backbone weights", ["-m", "tools.pretrain_toy_backbone", "--output", backbone, "--seed", str(args.seed)])
-        self.phase("pre-training", self.train_command(
-            "pretrain", args.seed, *PRETRAIN, "--imagenet_path", images, "--load_backbone", backbone,
+        processes = min(2, os.cpu_count() or 1)  # two small processes use two cores better than one with two threads
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        self.phase("pre-training", launcher + self.train_command(
+            "pretrain", *PRETRAIN, "--batch_size", str(PRETRAIN_BATCH // processes), "--imagenet_path", images,
+            "--load_backbone", backbone,
             "--epochs", str(args.pretrain_epochs), "--lr_drop", str(drop_epoch(args.pretrain_epochs)),
-            "--eval_every", str(max(1, args.pretrain_epochs // 4))))
+            "--eval_every", str(max(1, args.pretrain_epochs // 4))), processes=processes)
         common = [*FINETUNE, "--coco_path", coco, "--epochs", str(args.epochs), "--lr_drop", str(drop_epoch(args.epochs)),
                   "--eval_every", str(args.eval_every)]
         start_from = {"scratch": ["--load_backbone", backbone], "pretrained": ["--pretrain", self.path("pretrain/checkpoint.pth")]}
-        self.phase("fine-tuning", *[self.train_command(arm, args.seed, *common, *start_from[arm]) for arm in ARMS],
+        self.phase("fine-tuning", *[self.train_command(arm, *common, *start_from[arm]) for arm in ARMS],
                    logs=[self.path(f"{arm}.txt") for arm in ARMS])
         self.pictures(toy)
         self.report()

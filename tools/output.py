@@ -1,7 +1,6 @@
 """Files that the programs write: folders made, names checked, mistakes told in one sentence."""
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, Sequence
 

@@ -18,8 +18,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import box_iou, roi_align
 
-from datasets.toy import (CLASSES, PHOTOGRAPHS, ToySettings, image_rng, map_in_processes, render_background,
-                          render_scene, render_single_object)
+from datasets.toy import map_in_processes
+from datasets.toy_scene import (CLASSES, PHOTOGRAPHS, ToySettings, image_rng, render_background, render_scene,
+                                render_single_object)
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from models.backbone import LAYERS, SUPERVISED_URLS
 from tools.output import writing

@@ -86,7 +86,8 @@ def reduce_dict(input_dict: Dict[str, torch.Tensor], average: bool = True) -> Di
     dist.all_reduce(values)
     if average:
         values /= get_world_size()
-    return dict(zip(names, values.unbind()))
+    reduced = dict(zip(names, values.unbind()))
+    return {name: reduced[name] for name in input_dict}
 
 
 def init_distributed_mode(args: argparse.Namespace) -> None:

@@ -15,7 +15,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from datasets import toy
-from datasets.toy import CLASS_NAMES, PARTS, PHOTOGRAPHS, ToySettings, background_region, render_scene, write_toy
+from datasets.toy import write_toy
+from datasets.toy_scene import (CLASS_NAMES, PARTS, PHOTOGRAPHS, ToySettings, background_region, image_rng, render_background,
+                                render_scene, render_single_object)
 from util.errors import InputError
 
 SETTINGS = ToySettings(num_unlabelled=10, num_train=30, num_val=8, empty_share=0.1, crowd_share=0.2)
@@ -191,7 +193,7 @@ def test_backgrounds_stay_in_the_region_of_their_part(world, part):
 
 
 def test_parts_draw_from_random_streams_of_their_own():
-    draws = [toy.image_rng(0, part, index).random() for part in PARTS for index in range(50)]
+    draws = [image_rng(0, part, index).random() for part in PARTS for index in range(50)]
     assert len(set(draws)) == len(draws)
 
 
@@ -204,10 +206,10 @@ def test_objects_stay_visible_and_few():
 
 def test_single_objects_and_backgrounds_for_a_classifier():
     rng = np.random.default_rng(0)
-    drawn = [toy.render_single_object(rng, 40) for _ in range(60)]
+    drawn = [render_single_object(rng, 40) for _ in range(60)]
     assert all(image.shape == (40, 40, 3) and image.dtype == np.uint8 for image, _, _ in drawn)
     assert {class_index for _, class_index, _ in drawn} == set(range(len(CLASS_NAMES)))
-    image, photograph = toy.render_background(rng, 24)
+    image, photograph = render_background(rng, 24)
     assert image.shape == (24, 24, 3) and 0 <= photograph < len(PHOTOGRAPHS)
 
 

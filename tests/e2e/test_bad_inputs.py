@@ -148,7 +148,7 @@ def test_unreadable_pretraining_images_are_replaced_up_to_a_limit(toy, tmp_path)
     command = ["main.py", *SMALL_PRETRAIN, "--imagenet_path", tmp_path / "images", "--load_backbone", "none", "--epochs", "1",
                "--output_dir", tmp_path / "out"]
     done = run(command)
-    assert done.stderr.count(f"passed over: ") == 1 and files[0].name in done.stderr
+    assert done.stderr.count("passed over: ") == 1 and files[0].name in done.stderr
     assert json.loads((tmp_path / "out" / "log.txt").read_text())["unreadable_images"] == 1
     files[1].write_bytes(b"not a picture either")
     assert "more than 1%" in refusal(command)
