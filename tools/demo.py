@@ -16,11 +16,11 @@ from util.errors import InputError, run_program
 
 # A detector small enough for two CPU cores: stride 16, 64 channels, 1 + 2 layers.
 MODEL = ("--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --enc_layers 1 "
-         "--dec_layers 2 --num_queries 20 --dropout 0 --pre_norm --num_workers 1").split()
-PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 10 --patch_size 32 --min_patch 16 --max_patch 96 "
+         "--dec_layers 2 --num_queries 16 --dropout 0 --pre_norm --num_workers 1").split()
+PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 16 --patch_size 40 --min_patch 16 --max_patch 96 "
             "--pretrain_sizes 128 --pretrain_max_size 128 --held_out_share 0.03 --lr 1e-3").split()
 PRETRAIN_BATCH = 16  # images a step, over all processes
-FINETUNE = ("--train_sizes 112 120 128 136 144 --val_size 128 --max_size 160 --batch_size 8 --lr 5e-4 "
+FINETUNE = ("--train_sizes 128 --crop_resize 128 --crop_size 112 128 --val_size 128 --max_size 128 --batch_size 8 --lr 5e-4 "
             "--lr_backbone 0").split()
 # Let glibc keep the memory of freed tensors rather than hand it back to the system and ask for it anew at every step.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 30)}
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--num_labelled", type=int, default=500)
     parser.add_argument("--num_val", type=int, default=200)
     parser.add_argument("--pretrain_epochs", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=30, help="of each fine-tuning")
+    parser.add_argument("--epochs", type=int, default=15, help="of each fine-tuning")
     parser.add_argument("--eval_every", type=int, default=5)
     Demo(parser.parse_args()).run()
 
