@@ -59,9 +59,6 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
         if value is not None:
             setattr(args, name, value)
     recipes.resolve(args)
-    if args.hidden_dim % args.nheads:
-        raise InputError(f"--nheads {args.nheads} doesn't divide the width {args.hidden_dim} of the model in "
-                         f"{location}")
     model = build_model(args)[0]
     load_model_strictly(model, checkpoint, location)
     return Loaded(model.eval(), args, checkpoint.get("class_names") or {})

@@ -63,7 +63,7 @@ def test_official_checkpoints_hold_a_namespace_or_weights_alone(detector: Path, 
     assert load_model(str(with_namespace), DETECTOR, "cpu").args.nheads == 2
     loaded = load_model(str(weights), DETECTOR, "cpu")
     assert (loaded.args.nheads, loaded.args.val_size, loaded.class_names) == (8, 800, {})
-    with pytest.raises(InputError, match="--nheads 5 doesn't divide the width 32"):
+    with pytest.raises(InputError, match="--hidden_dim 32 must be a multiple of 4 and of --nheads 5"):
         load_model(str(weights), DETECTOR, "cpu", nheads=5)
 
 
