@@ -1,4 +1,4 @@
-"""What several tests need: small models, a batch of images of two sizes with targets, and the published programs' facts."""
+"""What several tests need: small models, two images of different sizes with targets, and the originals' facts."""
 import argparse
 import json
 import pathlib
@@ -16,8 +16,8 @@ DATA = pathlib.Path(__file__).parent / "data"
 ROOT = pathlib.Path(__file__).parent.parent
 
 # Flags of a detector as small as it gets.
-TINY = ("--device cpu --dataset_file coco --num_classes 5 --backbone resnet18 --load_backbone none --hidden_dim 32 --nheads 4 "
-        "--enc_layers 2 --dec_layers 2 --dim_feedforward 48 --dropout 0 --num_queries 12").split()
+TINY = ("--device cpu --dataset_file coco --num_classes 5 --backbone resnet18 --load_backbone none --hidden_dim 32 "
+        "--nheads 4 --enc_layers 2 --dec_layers 2 --dim_feedforward 48 --dropout 0 --num_queries 12").split()
 TINY_PRETRAINING = [*TINY[:2], "--dataset_file", "imagenet", *TINY[6:], "--num_patches", "3", "--feature_recon"]
 
 torch.set_num_threads(1)

@@ -5,7 +5,8 @@ import torchvision
 from torch import nn
 
 from models import build_model
-from models.backbone import Backbone, BackboneBase, FrozenBatchNorm2d, Joiner, backbone_state_dict, load_backbone_weights
+from models.backbone import (Backbone, BackboneBase, FrozenBatchNorm2d, Joiner, backbone_state_dict,
+                             load_backbone_weights)
 from models.position_encoding import PositionEmbeddingSine
 from util.errors import InputError
 from util.misc import NestedTensor, nested_tensor_from_tensor_list
@@ -111,7 +112,8 @@ def test_joiner_gives_maps_and_positions_from_the_shallowest(images):
     joiner.num_channels = 77  # notebooks set it
     assert joiner.num_channels == 77
     features, positions = joiner(nested_tensor_from_tensor_list(images))
-    assert [tuple(feature.tensors.shape[1:]) for feature in features] == [(64, 24, 24), (128, 12, 12), (256, 6, 6), (512, 3, 3)]
+    assert [tuple(feature.tensors.shape[1:]) for feature in features] == [
+        (64, 24, 24), (128, 12, 12), (256, 6, 6), (512, 3, 3)]
     assert [tuple(position.shape) for position in positions] == [(2, 16, n, n) for n in (24, 12, 6, 3)]
 
 
@@ -137,11 +139,14 @@ def saved(tmp_path, checkpoint):
 LAYOUTS = {
     "torchvision": lambda state: state,
     "swav": lambda state: {**{f"module.{key}": value for key, value in state.items()},
-                           "module.projection_head.0.weight": torch.zeros(4, 512), "module.prototypes.weight": torch.zeros(9, 4)},
-    "training run": lambda state: {"epoch": 3, "arch": "resnet18", "state_dict": {f"module.{k}": v for k, v in state.items()}},
+                           "module.projection_head.0.weight": torch.zeros(4, 512),
+                           "module.prototypes.weight": torch.zeros(9, 4)},
+    "training run": lambda state: {"epoch": 3, "arch": "resnet18",
+                                   "state_dict": {f"module.{k}": v for k, v in state.items()}},
     "detector": lambda state: {"epoch": 1, "model": {
         **{f"backbone.0.body.{k}": v for k, v in state.items() if not k.startswith("fc.") and "num_batches" not in k},
-        "transformer.encoder.layers.0.linear1.weight": torch.zeros(2, 2), "input_proj.weight": torch.zeros(4, 512, 1, 1)}},
+        "transformer.encoder.layers.0.linear1.weight": torch.zeros(2, 2),
+        "input_proj.weight": torch.zeros(4, 512, 1, 1)}},
     "detector with masks": lambda state: {"model": {f"detr.backbone.0.body.{k}": v for k, v in state.items()
                                                     if not k.startswith("fc.")}},
 }
@@ -166,8 +171,8 @@ def test_heads_are_left_out(resnet18_state):
 
 def test_another_architecture_is_refused(resnet18_state, tmp_path):
     path = saved(tmp_path, resnet18_state)
-    with pytest.raises(InputError, match=rf"--load_backbone {path} doesn't fit resnet34: \d+ tensors are missing and 0 have another"
-                                         r" shape, first layer1\.2\.bn1\.bias"):
+    with pytest.raises(InputError, match=rf"--load_backbone {path} doesn't fit resnet34: \d+ tensors are missing and "
+                                         r"0 have another shape, first layer1\.2\.bn1\.bias"):
         load_backbone_weights(Backbone("resnet34", True, False, False).body, path, "resnet34")
     with pytest.raises(InputError, match=r"doesn't fit resnet50: \d+ tensors are missing and \d+ have another shape"):
         load_backbone_weights(Backbone("resnet50", True, False, False).body, path, "resnet50")
@@ -175,7 +180,8 @@ def test_another_architecture_is_refused(resnet18_state, tmp_path):
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     path = saved(tmp_path, {"model": {"weight": torch.zeros(3)}})
-    with pytest.raises(InputError, match="doesn't fit resnet18: 100 tensors are missing and 0 have another shape, first bn1.bias"):
+    with pytest.raises(InputError, match="doesn't fit resnet18: 100 tensors are missing and 0 have another shape, "
+                                         "first bn1.bias"):
         load_backbone_weights(Backbone("resnet18", True, False, False).body, path, "resnet18")
 
 

@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand, their normalisers and gradients, and all layers at once against one by one."""
+"""Losses against numbers worked out by hand, normalisers and gradients, and all layers at once against one by one."""
 import math
 
 import pytest
@@ -17,7 +17,8 @@ def make_criterion(num_classes=2, eos_coef=0.5, losses=("labels", "boxes", "card
 
 def outputs_of(probabilities, boxes):
     """Outputs whose softmax is `probabilities` [B][N][C + 1]."""
-    return {"pred_logits": torch.tensor(probabilities).log().requires_grad_(), "pred_boxes": torch.tensor(boxes).requires_grad_()}
+    return {"pred_logits": torch.tensor(probabilities).log().requires_grad_(),
+            "pred_boxes": torch.tensor(boxes).requires_grad_()}
 
 
 def target_of(labels, boxes):
@@ -53,7 +54,8 @@ def test_two_images_one_of_them_empty_by_hand():
                          [[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]], [[0.5, 0.5, 0.1, 0.1], [0.2, 0.2, 0.1, 0.1]]])
     targets = [target_of([1, 1], [[0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]]), target_of([], [])]
     losses = make_criterion(eos_coef=0.1)(outputs, targets)
-    # Image 1: both queries are matched, to class 1 (p = 0.25, 0.2). Image 2: both should say "no object" (p = 0.1, 0.4).
+    # Image 1: both queries are matched, to class 1 (p = 0.25, 0.2).
+    # Image 2: both should say "no object" (p = 0.1, 0.4).
     expected = (-math.log(0.25) - math.log(0.2) - 0.1 * math.log(0.1) - 0.1 * math.log(0.4)) / (1 + 1 + 0.1 + 0.1)
     assert losses["loss_ce"].item() == value(expected)
     assert losses["loss_bbox"].item() == value(0.4 / 2), "two objects"
@@ -88,7 +90,8 @@ def test_batch_without_any_object(training):
 def random_layers(num_layers, sizes, num_queries=6, num_classes=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     layers = [{"pred_logits": torch.randn(len(sizes), num_queries, num_classes + 1, generator=generator),
-               "pred_boxes": torch.rand(len(sizes), num_queries, 4, generator=generator) * 0.4 + 0.1} for _ in range(num_layers)]
+               "pred_boxes": torch.rand(len(sizes), num_queries, 4, generator=generator) * 0.4 + 0.1}
+              for _ in range(num_layers)]
     targets = [{"labels": torch.randint(0, num_classes, (n,), generator=generator),
                 "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.1} for n in sizes]
     return layers, targets
@@ -141,7 +144,8 @@ def test_feature_loss_by_hand():
     outputs["pred_feature"] = torch.tensor([[[2.0, 0.0], [5.0, 5.0], [3.0, 4.0]]]).requires_grad_()
     outputs["gt_feature"] = torch.tensor([[[1.0, 0.0], [7.0, 0.0]]])
     losses = criterion(outputs, [target_of([1, 1], [boxes[2], boxes[0]])])
-    # Patch 0: (3, 4) / 5 = (0.6, 0.8) against (1, 0): 0.4² + 0.8² = 0.8. Patch 1: (2, 0) and (7, 0) have one direction: 0.
+    # Patch 0: (3, 4) / 5 = (0.6, 0.8) against (1, 0): 0.4² + 0.8² = 0.8.
+    # Patch 1: (2, 0) and (7, 0) have one direction: 0.
     assert losses["loss_feature"].item() == value(0.8 / 2)
     losses["loss_feature"].backward()
     assert torch.equal(outputs["pred_feature"].grad[0, 1], torch.zeros(2)), "an unmatched query reconstructs nothing"
@@ -170,7 +174,8 @@ def test_feature_loss_takes_each_image_and_layer_its_own():
 def test_box_losses_pass_gradcheck():
     """Numerical against analytic derivatives in float64, for overlapping, nested and disjoint boxes."""
     criterion = make_criterion()
-    predicted = torch.tensor([[[[0.42, 0.51, 0.31, 0.22], [0.5, 0.5, 0.1, 0.1], [0.15, 0.2, 0.11, 0.13]]]], dtype=torch.float64)
+    predicted = torch.tensor([[[[0.42, 0.51, 0.31, 0.22], [0.5, 0.5, 0.1, 0.1], [0.15, 0.2, 0.11, 0.13]]]],
+                             dtype=torch.float64)
     targets = [{"labels": torch.zeros(3, dtype=torch.int64),
                 "boxes": torch.tensor([[0.5, 0.45, 0.3, 0.25], [0.51, 0.52, 0.6, 0.7], [0.8, 0.75, 0.2, 0.3]])}]
     index = torch.tensor([[0, 1, 2]])

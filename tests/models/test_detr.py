@@ -182,7 +182,8 @@ def test_every_image_is_scaled_by_its_own_size():
     assert [result["boxes"].tolist() for result in results] == [[[0, 0, 20, 10]], [[0, 0, 40, 30]]]
 
 
-@pytest.mark.parametrize("sizes", [torch.tensor([[10, 20]]), torch.tensor([10, 20]), torch.zeros(2, 3)], ids=["one", "flat", "three"])
+@pytest.mark.parametrize("sizes", [torch.tensor([[10, 20]]), torch.tensor([10, 20]), torch.zeros(2, 3)],
+                         ids=["one", "flat", "three"])
 def test_sizes_of_another_number_are_refused(sizes):
     outputs = {"pred_logits": torch.zeros(2, 1, 3), "pred_boxes": torch.zeros(2, 1, 4)}
     with pytest.raises(ValueError, match=r"target_sizes must be \[2, 2\], got"):

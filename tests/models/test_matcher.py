@@ -33,15 +33,18 @@ def best_by_trying_all(weights, logits, boxes, target, allowed=lambda query, tar
     cost = [[cost_of(weights, logits[q], boxes[q], labels[t], target_boxes[t]) for t in range(len(labels))]
             for q in range(len(logits))]
     if len(labels) <= len(logits):
-        candidates = [list(zip(queries, range(len(labels)))) for queries in itertools.permutations(range(len(logits)), len(labels))]
+        candidates = [list(zip(queries, range(len(labels))))
+                      for queries in itertools.permutations(range(len(logits)), len(labels))]
     else:
-        candidates = [list(zip(range(len(logits)), chosen)) for chosen in itertools.permutations(range(len(labels)), len(logits))]
+        candidates = [list(zip(range(len(logits)), chosen))
+                      for chosen in itertools.permutations(range(len(labels)), len(logits))]
     candidates = [pairs for pairs in candidates if all(allowed(q, t) for q, t in pairs)]
     return sorted(min(candidates, key=lambda pairs: sum(cost[q][t] for q, t in pairs)))
 
 
 def random_boxes(n, generator):
-    return torch.cat([0.2 + 0.6 * torch.rand(n, 2, generator=generator), 0.05 + 0.3 * torch.rand(n, 2, generator=generator)], 1)
+    return torch.cat([0.2 + 0.6 * torch.rand(n, 2, generator=generator),
+                      0.05 + 0.3 * torch.rand(n, 2, generator=generator)], 1)
 
 
 def random_case(sizes, num_layers=3, num_queries=5, num_classes=8, seed=0):
@@ -75,8 +78,8 @@ def test_one_layer_gives_the_published_return_value():
     result = HungarianMatcher(1, 5, 2)({"pred_logits": logits[0], "pred_boxes": boxes[0]}, targets)
     for image, (query, target) in enumerate(result):
         assert query.dtype == target.dtype == torch.int64
-        assert list(zip(query.tolist(), target.tolist())) == best_by_trying_all((1, 5, 2), logits[0, image], boxes[0, image],
-                                                                                targets[image])
+        assert list(zip(query.tolist(), target.tolist())) == best_by_trying_all(
+            (1, 5, 2), logits[0, image], boxes[0, image], targets[image])
     assert [len(query) for query, _ in result] == [2, 0, 5]
 
 
@@ -105,7 +108,8 @@ def copies(monkeypatch):
     """Shapes of the tensors on which `.cpu()` was called."""
     seen = []
     original = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self, *args, **kwargs: seen.append(tuple(self.shape)) or original(self))
+    monkeypatch.setattr(torch.Tensor, "cpu",
+                        lambda self, *args, **kwargs: seen.append(tuple(self.shape)) or original(self))
     return seen
 
 
@@ -133,7 +137,8 @@ def test_half_precision_is_matched_in_float32():
     halves = logits.bfloat16(), boxes.bfloat16()
     matcher = HungarianMatcher(1, 5, 2)
     assert matcher.costs(*halves, targets).dtype == torch.float32
-    torch.testing.assert_close(matcher.costs(*halves, targets), matcher.costs(halves[0].float(), halves[1].float(), targets))
+    torch.testing.assert_close(matcher.costs(*halves, targets),
+                               matcher.costs(halves[0].float(), halves[1].float(), targets))
 
 
 def test_all_costs_zero_is_refused():

@@ -17,7 +17,8 @@ def feature_map(height, width, valid=None):
 
 
 def test_sine_by_hand():
-    # Four numbers per axis: sin and cos of p, then of p / 10000^(2/4) = p / 100. Rows come first. Positions count from 1.
+    # Four numbers per axis: sin and cos of p, then of p / 10000^(2/4) = p / 100.
+    # Rows come first. Positions count from 1.
     encoding = PositionEmbeddingSine(4)(feature_map(3, 5))[0]
     assert encoding.shape == (8, 3, 5) and encoding.dtype == torch.float32
     row, column = 2, 4  # the pixel at index (1, 3)
@@ -29,9 +30,11 @@ def test_sine_by_hand():
 def test_normalised_sine_by_hand():
     # The third of five rows, of which four are image: 3 / 4 of a turn. The last of two columns: a whole turn.
     encoding = PositionEmbeddingSine(2, normalize=True)(feature_map(5, 3, valid=(4, 2)))[0]
-    assert encoding[:, 2, 1].tolist() == pytest.approx([math.sin(1.5 * math.pi), math.cos(1.5 * math.pi), 0.0, 1.0], abs=1e-5)
+    assert encoding[:, 2, 1].tolist() == pytest.approx(
+        [math.sin(1.5 * math.pi), math.cos(1.5 * math.pi), 0.0, 1.0], abs=1e-5)
     encoding = PositionEmbeddingSine(2, normalize=True, scale=1.0)(feature_map(4, 2))[0]
-    assert encoding[:, 2, 1].tolist() == pytest.approx([math.sin(0.75), math.cos(0.75), math.sin(1.0), math.cos(1.0)], abs=1e-5)
+    assert encoding[:, 2, 1].tolist() == pytest.approx(
+        [math.sin(0.75), math.cos(0.75), math.sin(1.0), math.cos(1.0)], abs=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

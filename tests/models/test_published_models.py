@@ -57,8 +57,10 @@ def test_model_equals_the_published_one(published, name):
     assert len(model.state_dict()) == facts["n_keys"]
     parameters = dict(model.named_parameters())
     assert sum(parameter.numel() for parameter in parameters.values()) == facts["n_parameters"]
-    assert sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad) == facts["n_trainable"]
-    assert sorted(key for key, parameter in parameters.items() if not parameter.requires_grad) == sorted(facts["frozen"])
+    assert sum(parameter.numel() for parameter in parameters.values()
+               if parameter.requires_grad) == facts["n_trainable"]
+    assert sorted(key for key, parameter in parameters.items()
+                  if not parameter.requires_grad) == sorted(facts["frozen"])
     assert shapes_of(criterion) == facts["criterion_state"]
     assert criterion.weight_dict == facts["weight_dict"]
     assert list(postprocessors) == ["bbox"]
@@ -73,7 +75,7 @@ def test_parameters_are_in_the_published_order(published):
     assert [key for key in own if key in pretext_only] == pretext_only
 
 
-@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", "updetr_pretrain", "updetr_pretrain_no_recon"])
+@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", *PRETRAINING[:2]])
 def test_losses_are_reported_under_the_published_names(published, images, targets, name):
     small = dict(backbone="resnet18", hidden_dim=32, nheads=4, enc_layers=1, dim_feedforward=32)
     model, criterion, _ = build_model(published_args(published, name, **small))
@@ -91,7 +93,7 @@ def test_fine_tuning_takes_from_a_pretrained_model_what_the_original_takes(publi
     facts = published["pretrain_to_finetune"]["updetr_pretrain -> updetr_finetune"]
     shapes = published_shapes(published, "updetr_pretrain")
     pretrained = {"model": {name: torch.zeros(shape) for name, shape in shapes.items()}}
-    # 2 classes and "no object": the pretext's class head has the very shape of this fine-tuning's, and yet must not enter.
+    # 2 classes and "no object": the pretext's class head has the very shape of this fine-tuning's, yet must not enter.
     for num_classes in (91, 2):
         model = build_model(published_args(published, "updetr_finetune", num_classes=num_classes))[0]
         report = load_pretrained(model, pretrained, "checkpoint.pth")
@@ -120,7 +122,8 @@ def test_official_checkpoint_layout_loads_strictly(published):
 def test_stem_and_layer1_never_train(tiny_args):
     for lr_backbone, trained_layers in ((1e-5, {"layer2", "layer3", "layer4"}), (0.0, set())):
         body = build_model(tiny_args(lr_backbone=lr_backbone))[0].backbone[0].body
-        assert {name.split(".")[0] for name, parameter in body.named_parameters() if parameter.requires_grad} == trained_layers
+        assert {name.split(".")[0] for name, parameter in body.named_parameters()
+                if parameter.requires_grad} == trained_layers
 
 
 def test_patches_must_divide_the_queries(tiny_args):

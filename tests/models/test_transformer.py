@@ -36,7 +36,8 @@ def test_equals_torchs_own_layers_where_there_are_no_positions(normalize_before)
     """torch's layers know no positions, so all are zero here; the parameters' names and meaning are the same."""
     model = make_transformer(normalize_before=normalize_before)
     arguments = dict(d_model=32, nhead=4, dim_feedforward=48, batch_first=True, norm_first=normalize_before)
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**arguments), 2, nn.LayerNorm(32) if normalize_before else None,
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**arguments), 2,
+                                    nn.LayerNorm(32) if normalize_before else None,
                                     enable_nested_tensor=False)
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**arguments), 3, nn.LayerNorm(32))
     encoder.load_state_dict(model.encoder.state_dict())
@@ -62,8 +63,8 @@ def test_equals_torchs_own_layers_where_there_are_no_positions(normalize_before)
 
 @pytest.mark.parametrize("normalize_before", [False, True])
 def test_positions_enter_queries_and_keys_but_never_values(normalize_before):
-    """The same vector added to the positions of all keys adds one number to all scores of a query, which a softmax ignores;
-    added to values it would change the result."""
+    """The same vector added to the positions of all keys adds one number to all scores of a query, which a softmax
+    ignores; added to values it would change the result."""
     layer = make_transformer(normalize_before=normalize_before).decoder.layers[0]
     generator = torch.Generator().manual_seed(3)
     tgt, memory, pos, query_pos = (torch.randn(2, n, 32, generator=generator) for n in (6, 12, 12, 6))
@@ -128,7 +129,8 @@ def test_order_of_queries_does_not_matter():
     src, mask, queries, pos = make_input()
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     with torch.no_grad():
-        torch.testing.assert_close(model(src, mask, queries[order], pos)[0], model(src, mask, queries, pos)[0][:, :, order],
+        torch.testing.assert_close(model(src, mask, queries[order], pos)[0],
+                                   model(src, mask, queries, pos)[0][:, :, order],
                                    rtol=1e-5, atol=1e-5)
 
 

@@ -1,5 +1,5 @@
-"""Parity with the DETR of Hugging Face's `transformers`, an implementation that shares no code with ours: the same random
-weights must give the same predictions, and the same predictions the same losses."""
+"""Parity with the DETR of Hugging Face's `transformers`, an implementation that shares no code with ours: the same
+random weights must give the same predictions, and the same predictions the same losses."""
 import re
 
 import pytest
@@ -46,9 +46,8 @@ def their_name(name):
 
 def simplified(name):
     """Their names without what differs between versions of the library: containers, and three modules' names."""
-    name = re.sub(r"^(model\.)?(backbone\.(conv_encoder\.)?(model\.|position_embedding\.)*|position_embedding\.)?", "", name)
-    return name.replace("self_attn.out_proj", "self_attn.o_proj").replace("encoder_attn.out_proj", "encoder_attn.o_proj") \
-               .replace(".mlp.fc", ".fc")
+    containers = r"^(model\.)?(backbone\.(conv_encoder\.)?(model\.|position_embedding\.)*|position_embedding\.)?"
+    return re.sub(containers, "", name).replace("attn.out_proj", "attn.o_proj").replace(".mlp.fc", ".fc")
 
 
 def copy_weights(ours, theirs):
@@ -122,8 +121,8 @@ def test_predictions_of_every_layer(pair, images):
     with torch.no_grad():
         out = ours(batch)
         expected = theirs(batch.tensors, pixel_mask=(~batch.mask).long(), output_hidden_states=True)
-        # With `auxiliary_loss` theirs would feed each decoder layer the *final norm* of the one before, which the published
-        # detector doesn't; so earlier layers' predictions are taken from the layers' own outputs.
+        # With `auxiliary_loss` theirs would feed each decoder layer the *final norm* of the one before, which the
+        # published detector doesn't; so earlier layers' predictions are taken from the layers' own outputs.
         earlier = [theirs.model.decoder.layernorm(state) for state in expected.decoder_hidden_states[1:-1]]
         expected_logits = [theirs.class_labels_classifier(state) for state in earlier] + [expected.logits]
         expected_boxes = [theirs.bbox_predictor(state).sigmoid() for state in earlier] + [expected.pred_boxes]
@@ -152,7 +151,7 @@ def test_position_encodings(pair, images):
 
 
 def test_losses_of_every_layer(tiny_args):
-    """Twelve queries, two to four objects of five classes, three decoder layers: matching, losses and their weighted sum."""
+    """Twelve queries, up to four objects of five classes, three layers: matching, losses and their weighted sum."""
     args = tiny_args(dec_layers=3)
     criterion = build_model(args)[1].eval()
     config = hugging_face_detr(args).config

@@ -42,7 +42,8 @@ def findings(folder: pathlib.Path) -> Dict[str, Any]:
     distributed.init_distributed_mode(args)
     rank = distributed.get_rank()
     found["args"] = [args.distributed, args.rank, args.world_size, args.gpu]
-    found["state"] = [distributed.is_dist_avail_and_initialized(), distributed.get_world_size(), distributed.is_main_process()]
+    found["state"] = [distributed.is_dist_avail_and_initialized(), distributed.get_world_size(),
+                      distributed.is_main_process()]
 
     found["gathered"] = distributed.all_gather({"rank": rank, "values": list(range(1 + 1000 * rank))})
     losses = {"b": torch.tensor(1.0 + 2 * rank), "a": torch.tensor(10.0 * rank)}

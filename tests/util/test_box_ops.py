@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from util.box_ops import (aligned_generalized_iou, aligned_iou, box_area, box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh,
-                          generalized_box_iou, masks_to_boxes)
+from util.box_ops import (aligned_generalized_iou, aligned_iou, box_area, box_cxcywh_to_xyxy, box_iou,
+                          box_xyxy_to_cxcywh, generalized_box_iou, masks_to_boxes)
 
 
 def random_boxes(n, seed=0):

@@ -52,7 +52,7 @@ def test_reduce_sum(two):
 
 
 def test_averages_are_over_all_values_however_they_are_shared_out(two):
-    # Process 0 saw 1, 2, 3, process 1 saw 10: 16 / 4, not the mean (2 + 10) / 2 of two means. One meter is process 1's alone.
+    # Process 0 saw 1, 2, 3, process 1 saw 10: 16 / 4, not the mean (2 + 10) / 2 of two means. One meter is process 1's.
     assert both(two, "averages") == [{"loss": 4, "seldom": 4}] * 2
 
 
@@ -121,7 +121,8 @@ def test_slurm_is_understood(no_launcher, monkeypatch, tmp_path):
               "distributed.init_distributed_mode(args)\n"
               "print(args.rank, args.gpu, distributed.all_gather(args.rank))\ndistributed.shutdown()\n")
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
-                                  env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"})
+                                  env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2",
+                                       "SLURM_LOCALID": "0"})
                  for rank in range(2)]
     lines = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
     assert lines == ["0 0 [0, 1]", "1 0 [0, 1]"]

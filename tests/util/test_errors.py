@@ -12,8 +12,9 @@ def fail(error):
     raise error
 
 
-@pytest.mark.parametrize("error, status, line", [(InputError("--lr is negative"), 2, "error: --lr is negative\n"),
-                                                 (FloatingPointError("the loss became NaN"), 3, "error: the loss became NaN\n")])
+@pytest.mark.parametrize("error, status, line", [
+    (InputError("--lr is negative"), 2, "error: --lr is negative\n"),
+    (FloatingPointError("the loss became NaN"), 3, "error: the loss became NaN\n")])
 def test_one_line_and_a_status(error, status, line, capsys):
     with pytest.raises(SystemExit) as caught:
         run_program(lambda: fail(error))
@@ -43,6 +44,7 @@ def test_the_sentence_comes_out_of_a_loading_worker():
 
 
 def test_as_a_program(root):
-    script = "from util.errors import *; from util.misc import *; run_program(lambda: (_ for _ in ()).throw(InputError('no such file')))"
+    script = ("from util.checkpoint import load_checkpoint; from util.errors import run_program; "
+              "run_program(lambda: load_checkpoint('nowhere.pth'))")
     result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: no such file\n")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: --resume nowhere.pth: no such file\n")

@@ -42,12 +42,14 @@ def test_formats(fmt, expected):
 
 
 def test_tensors_and_numbers_mix_in_any_order():
-    for values in ((1.0, torch.tensor(2.0)), (torch.tensor(1), 2), (torch.tensor(1.0).bfloat16(), torch.tensor(2.0).double())):
+    for values in ((1.0, torch.tensor(2.0)), (torch.tensor(1), 2),
+                   (torch.tensor(1.0).bfloat16(), torch.tensor(2.0).double())):
         meter = SmoothedValue()
         for value in values:
             meter.update(value)
         assert meter.global_avg == 1.5
-        assert not any(isinstance(figure, torch.Tensor) for figure in (meter.global_avg, meter.value)), "log.txt holds numbers"
+        figures = meter.global_avg, meter.value
+        assert not any(isinstance(figure, torch.Tensor) for figure in figures), "log.txt holds numbers"
 
 
 def test_a_meter_without_values_is_not_a_number():
@@ -77,7 +79,7 @@ def test_a_whole_loop_reads_only_where_it_prints(host_reads, capsys):
 
 
 def test_values_do_not_pile_up_where_nothing_is_printed(monkeypatch):
-    """Processes other than the main one print nothing; thousands of device tensors must not wait there for the epoch's end."""
+    """Processes other than the main one print nothing; device tensors must not wait there for the epoch's end."""
     monkeypatch.setattr("util.distributed.get_rank", lambda: 1)
     logger = MetricLogger()
     for step in logger.log_every(range(100), 10):

@@ -60,7 +60,8 @@ def test_collate_detection_samples():
 
 
 def test_collate_pretext_samples():
-    batch = [(torch.zeros(3, 4, 5), torch.full((7, 3, 8, 8), float(i)), {"image_id": torch.tensor([i])}) for i in range(2)]
+    batch = [(torch.zeros(3, 4, 5), torch.full((7, 3, 8, 8), float(i)), {"image_id": torch.tensor([i])})
+             for i in range(2)]
     images, patches, targets = collate_fn(batch)
     assert images.mask.shape == (2, 4, 5) and patches.shape == (2, 7, 3, 8, 8)
     assert patches[:, 0, 0, 0, 0].tolist() == [0, 1] and [int(target["image_id"]) for target in targets] == [0, 1]
@@ -84,24 +85,26 @@ def test_accuracy_on_views_that_are_not_contiguous():
 
 
 def test_accuracy_without_rows_is_zero():
-    assert [value.item() for value in accuracy(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), topk=(1, 2))] == [0, 0]
+    shares = accuracy(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), topk=(1, 2))
+    assert [share.item() for share in shares] == [0, 0]
 
 
 def test_inverse_sigmoid():
     x = torch.linspace(-8, 8, 33)
     torch.testing.assert_close(inverse_sigmoid(x.sigmoid()), x, rtol=1e-3, atol=1e-3)
     limit = math.log(1 / 1e-5)
-    assert inverse_sigmoid(torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0])).tolist() == pytest.approx([-limit, -limit, 0, limit, limit],
-                                                                                             rel=1e-4)
+    assert inverse_sigmoid(torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0])).tolist() == pytest.approx(
+        [-limit, -limit, 0, limit, limit], rel=1e-4)
 
 
 def test_interpolate_takes_sizes_and_empty_batches():
     assert interpolate(torch.tensor([[[[1.0, 2.0]]]]), size=[2, 4])[0, 0].tolist() == [[1, 1, 2, 2]] * 2
-    assert interpolate(torch.zeros(0, 1, 4, 4), scale_factor=2.0, mode="bilinear", align_corners=False).shape == (0, 1, 8, 8)
+    empty = interpolate(torch.zeros(0, 1, 4, 4), scale_factor=2.0, mode="bilinear", align_corners=False)
+    assert empty.shape == (0, 1, 8, 8)
 
 
 def test_names_that_users_import():
     expected = {"NestedTensor", "nested_tensor_from_tensor_list", "collate_fn", "MetricLogger", "SmoothedValue",
-                "init_distributed_mode", "get_rank", "get_world_size", "is_main_process", "reduce_dict", "all_gather", "accuracy",
-                "interpolate", "inverse_sigmoid"}
+                "init_distributed_mode", "get_rank", "get_world_size", "is_main_process", "reduce_dict", "all_gather",
+                "accuracy", "interpolate", "inverse_sigmoid"}
     assert expected <= set(misc.__all__) and all(hasattr(misc, name) for name in misc.__all__)

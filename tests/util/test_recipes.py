@@ -9,7 +9,8 @@ from util.errors import InputError
 
 
 def parse(*flags):
-    return argparse.ArgumentParser(parents=[get_args_parser()], allow_abbrev=False).parse_args([str(flag) for flag in flags])
+    parser = argparse.ArgumentParser(parents=[get_args_parser()], allow_abbrev=False)
+    return parser.parse_args([str(flag) for flag in flags])
 
 
 def resolved(*flags):
@@ -41,11 +42,13 @@ def test_published_defaults(dataset, expected):
 @pytest.mark.parametrize("dataset", ["coco", "voc"])
 def test_flags_of_pre_training_stay_unset_elsewhere(dataset):
     args = resolved("--dataset_file", dataset)
-    assert all(getattr(args, name) is None for name in ("num_patches", "feature_recon", "fre_cnn", "patch_size", "imagenet_path"))
+    names = ("num_patches", "feature_recon", "fre_cnn", "patch_size", "imagenet_path")
+    assert all(getattr(args, name) is None for name in names)
 
 
-@pytest.mark.parametrize("flags, weight", [(("--num_patches", 10), 0.1), (("--num_patches", 5, "--num_queries", 20), 0.25),
-                                           (("--num_patches", 1), 0.01), (("--num_patches", 5, "--eos_coef", 0.3), 0.3)])
+@pytest.mark.parametrize("flags, weight", [
+    (("--num_patches", 10), 0.1), (("--num_patches", 5, "--num_queries", 20), 0.25), (("--num_patches", 1), 0.01),
+    (("--num_patches", 5, "--eos_coef", 0.3), 0.3)])
 def test_no_match_weight_is_patches_over_queries(flags, weight):
     assert resolved("--dataset_file", "imagenet", *flags).eos_coef == pytest.approx(weight)
 
@@ -61,7 +64,8 @@ def test_backbone_rate_of_a_pre_training():
 def test_what_is_given_stays():
     given = {"epochs": 7, "lr_drop": 5, "lr_backbone": 0.0, "eos_coef": 0.0, "num_workers": 99, "load_backbone": "none"}
     for dataset in recipes.RECIPES:
-        args = resolved("--dataset_file", dataset, *[part for name, value in given.items() for part in (f"--{name}", value)])
+        flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+        args = resolved("--dataset_file", dataset, *flags)
         assert {name: getattr(args, name) for name in given} == given
 
 
@@ -72,7 +76,8 @@ def test_default_workers_are_at_most_one_per_cpu(monkeypatch):
         assert resolved("--dataset_file", "imagenet").num_workers == pretraining
 
 
-@pytest.mark.parametrize("flags", [(), ("--dataset_file", "imagenet", "--fre_cnn"), ("--voc_path", "x", "--remove_difficult")])
+@pytest.mark.parametrize("flags",
+                         [(), ("--dataset_file", "imagenet", "--fre_cnn"), ("--voc_path", "x", "--remove_difficult")])
 def test_resolving_twice_changes_nothing(flags):
     args = resolved(*flags)
     before = dict(vars(args))
@@ -85,7 +90,8 @@ def test_resolving_twice_changes_nothing(flags):
     ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet"),
     ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
     ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco"),
-    ("imagenet", ("--num_classes", 3), "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and voc")])
+    ("imagenet", ("--num_classes", 3),
+     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and voc")])
 def test_a_flag_of_another_training_is_refused(dataset, flags, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         resolved("--dataset_file", dataset, *flags)
@@ -99,8 +105,9 @@ def test_every_flag_that_belongs_to_some_trainings_exists():
 
 def test_every_flag_left_open_has_a_default_somewhere():
     """A flag whose default is None is filled in by a recipe, or means "none" or "see the data set" by itself."""
-    itself = {"amp", "num_classes", "dataset_file", "coco_path", "voc_path", "imagenet_path", "imagenet_val_path", "max_patch",
-              "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device", "local_rank"}
+    itself = {"amp", "num_classes", "dataset_file", "coco_path", "voc_path", "imagenet_path", "imagenet_val_path",
+              "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
+              "local_rank"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -118,8 +125,8 @@ def test_a_machine_without_cuda(monkeypatch):
         recipes.resolve(parse("--device", "cuda"))
 
 
-@pytest.mark.parametrize("flag", ["batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches",
-                                  "hidden_dim", "nheads", "dec_layers", "patch_size"])
+@pytest.mark.parametrize("flag", ["batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries",
+                                  "num_patches", "hidden_dim", "nheads", "dec_layers", "patch_size"])
 def test_counts_must_be_positive(flag):
     for value in (0, -3):
         with pytest.raises(InputError, match=f"^--{flag} {value} must be at least 1$"):
@@ -128,7 +135,8 @@ def test_counts_must_be_positive(flag):
 
 def test_width_must_suit_heads_and_positions():
     for flags in (("--hidden_dim", 30, "--nheads", 5), ("--hidden_dim", 64, "--nheads", 6)):
-        with pytest.raises(InputError, match=rf"^--hidden_dim {flags[1]} must be a multiple of 4 and of --nheads {flags[3]}$"):
+        message = f"^--hidden_dim {flags[1]} must be a multiple of 4 and of --nheads {flags[3]}$"
+        with pytest.raises(InputError, match=message):
             resolved(*flags)
 
 
@@ -143,17 +151,18 @@ def test_the_start_of_the_log_names_every_value():
     args = resolved("--imagenet_path", "images", "--num_patches", 5)
     title, values = recipes.describe(args).splitlines()
     assert title == "UP-DETR pre-training"
-    assert {"epochs=60", "lr_drop=40", "eos_coef=0.05", "num_patches=5", "imagenet_path=images"} <= set(values.split("  "))
+    expected = {"epochs=60", "lr_drop=40", "eos_coef=0.05", "num_patches=5", "imagenet_path=images"}
+    assert expected <= set(values.split("  "))
     assert "resolved" not in values
 
 
 # The command line.
 
 # Flags of ours that no original has. A new flag is a decision: it enters this list with it.
-OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone", "--num_classes", "--match_within_group", "--patch_size",
-       "--min_patch", "--max_patch", "--pretrain_sizes", "--pretrain_max_size", "--voc_path", "--imagenet_val_path",
-       "--held_out_share", "--train_sizes", "--crop_resize", "--crop_size", "--val_size", "--max_size", "--eval_every",
-       "--local_rank", "--local-rank"}
+OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone", "--num_classes",
+       "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
+       "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
+       "--crop_size", "--val_size", "--max_size", "--eval_every", "--local_rank", "--local-rank"}
 # Flags of the originals for masks, which this program doesn't train.
 ABSENT = {"--frozen_weights": ["x.pth"], "--masks": [], "--mask_loss_coef": ["1"], "--dice_loss_coef": ["1"],
           "--coco_panoptic_path": ["x"]}
