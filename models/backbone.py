@@ -93,7 +93,7 @@ class BackboneBase(nn.Module):
                 parameter.requires_grad_(False)
         depth = LAYERS.index(last_layer) + 1
         self.body = ResNetBody(backbone, last_layer, num_maps=depth if return_interm_layers else 1)
-        self.body.to(memory_format=torch.channels_last)  # the same numbers, convolved faster
+        self.body.to(memory_format=torch.channels_last)  # faster convolutions, equal up to rounding
         self.num_channels = num_channels
 
     def forward(self, tensor_list: NestedTensor) -> Dict[str, NestedTensor]:
