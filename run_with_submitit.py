@@ -14,6 +14,7 @@ from util.errors import InputError, run_program
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CPUS = 10  # for a task with a GPU, as DETR had it
+AT_LEAST = {"ngpus": 0, "max_timeouts": 0, "nodes": 1, "timeout": 1, "tasks_per_node": 1, "mem_gb": 1, "cpus_per_task": 1}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -82,9 +83,10 @@ def split_args(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         InputError: if flags contradict each other, so that a mistake is told before the job has waited in the queue.
     """
-    if args.ngpus < 0 or min(args.nodes, args.timeout, args.tasks_per_node or 1) < 1 or args.max_timeouts < 0:
-        raise InputError("--nodes, --timeout and --tasks_per_node must be at least 1, --ngpus and --max_timeouts "
-                         "at least 0")
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value} must be at least {least}")
     if args.ngpus and args.tasks_per_node not in (None, args.ngpus):
         raise InputError(f"--tasks_per_node {args.tasks_per_node} contradicts --ngpus {args.ngpus}: there is a process "
                          "for each GPU; the flag is for training on CPUs (--ngpus 0)")

@@ -11,7 +11,7 @@ import slurm_cluster
 from commands import ROOT, SMALL_COCO, run
 from datasets.toy import ToySettings, write_toy
 
-EPOCHS = 16
+EPOCHS = 10
 pytest.importorskip("submitit", reason="no submitit here (pip install -r requirements/cluster.txt)")
 WHY_NOT = slurm_cluster.missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no Slurm to be had: {WHY_NOT}")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no Slurm to be had
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "toy"
-    write_toy(folder, ToySettings(image_size=96, num_unlabelled=1, num_train=16, num_val=2))
+    write_toy(folder, ToySettings(image_size=96, num_unlabelled=1, num_train=8, num_val=2))
     return folder
 
 
@@ -32,7 +32,7 @@ def cluster(tmp_path_factory):
 
 def training(toy):
     return [*SMALL_COCO, "--coco_path", str(toy / "coco"), "--load_backbone", "none", "--epochs", str(EPOCHS),
-            "--lr_drop", "8", "--eval_every", "8", "--seed", "5"]
+            "--lr_drop", "8", "--eval_every", "5", "--seed", "5"]
 
 
 def read(path):
@@ -67,7 +67,8 @@ def test_a_job_that_is_interrupted_twice_ends_as_if_it_had_not_been(cluster, toy
 
     def state(*wanted):
         now = cluster.job(job)["JobState"]
-        assert now in (*wanted, "PENDING", "RUNNING", "COMPLETING"), now + read(log) + read(log.with_suffix(".err"))
+        possible = now in wanted or now not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        assert possible, now + read(log) + read(log.with_suffix(".err"))
         return now in wanted
 
     cluster.wait("an epoch", trained(0), 90)
@@ -77,8 +78,7 @@ def test_a_job_that_is_interrupted_twice_ends_as_if_it_had_not_been(cluster, toy
     cluster.wait("epochs after the warning", trained(warned + 2), 60)  # so a loading process of the next has come up too
     cluster.run("scancel", "--signal", "USR2", job)
     cluster.wait("the first requeue", lambda: cluster.job(job).get("Restarts") == "1", 30)
-    stopped = max(epochs())
-    cluster.wait("more epochs", trained(stopped + 1), 90)
+    cluster.wait("the second start", lambda: state("RUNNING") and read(log).count("continuing with epoch") == 1, 90)
     cluster.run("sbatch", "--partition", "high", "--exclusive", "--output", "/dev/null", "--wrap", "true")
     cluster.wait("the second requeue", lambda: cluster.job(job).get("Restarts") == "2", 30)
     cluster.wait("the end", lambda: state("COMPLETED"), 120)
