@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Subset
 
 from datasets import coco, pretext, voc
 from util.errors import InputError
 
-__all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names"]
+__all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names", "objects_per_image"]
 
 # `--dataset_file` to the module that builds it.
 _DATASETS = {"coco": coco, "voc": voc, "imagenet": pretext}
@@ -44,6 +45,14 @@ def get_coco_api_from_dataset(dataset: Dataset) -> COCO | None:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return getattr(dataset, "coco", None)
+
+
+def objects_per_image(dataset: Dataset) -> torch.Tensor | None:
+    """Returns how many objects (or patches) each sample has, int64 [len(dataset)], also for a `Subset`; None if unknown."""
+    if isinstance(dataset, Subset):
+        counts = objects_per_image(dataset.dataset)
+        return None if counts is None else counts[torch.as_tensor(dataset.indices)]
+    return dataset.objects_per_image() if hasattr(dataset, "objects_per_image") else None
 
 
 def _module(args: argparse.Namespace):

@@ -168,6 +168,10 @@ class DetectionDataset(Dataset):
         """Sets the epoch that the randomness of the samples depends on; call it before iterating."""
         self._epoch.fill_(epoch)
 
+    def objects_per_image(self) -> Tensor:
+        """Returns how many annotations each sample's target is made from, int64 [len(self)]."""
+        return torch.tensor(self._starts).diff()
+
     def __len__(self) -> int:
         return len(self.ids)
 

@@ -84,6 +84,9 @@ def _check_values(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value} must be at least 1")
     if args.hidden_dim % 4 or args.hidden_dim % args.nheads:
         raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 4 and of --nheads {args.nheads}")
+    if args.tensorboard and (args.eval or not args.output_dir):
+        raise InputError("--tensorboard writes down a training in --output_dir; "
+                         + ("--eval doesn't train" if args.eval else "that flag is missing"))
     if args.fre_cnn and args.lr_backbone:
         raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
 

@@ -140,6 +140,14 @@ def test_width_must_suit_heads_and_positions():
             resolved(*flags)
 
 
+def test_tensorboard_follows_a_training_with_a_folder():
+    assert resolved("--tensorboard", "--output_dir", "out").tensorboard
+    with pytest.raises(InputError, match="^--tensorboard writes down a training in --output_dir; that flag is missing$"):
+        resolved("--tensorboard")
+    with pytest.raises(InputError, match="^--tensorboard .*; --eval doesn't train$"):
+        resolved("--tensorboard", "--output_dir", "out", "--eval")
+
+
 @pytest.mark.parametrize("dataset, flag", [("coco", "coco_path"), ("voc", "voc_path"), ("imagenet", "imagenet_path")])
 def test_data_must_be_somewhere(dataset, flag):
     with pytest.raises(InputError, match=f"^--{flag} is missing: where is the data set"):
@@ -162,7 +170,8 @@ def test_the_start_of_the_log_names_every_value():
 OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone", "--num_classes",
        "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
-       "--crop_size", "--val_size", "--max_size", "--eval_every", "--local_rank", "--local-rank"}
+       "--crop_size", "--val_size", "--max_size", "--eval_every", "--tensorboard",
+       "--local_rank", "--local-rank"}
 # Flags of the originals for masks, which this program doesn't train.
 ABSENT = {"--frozen_weights": ["x.pth"], "--masks": [], "--mask_loss_coef": ["1"], "--dice_loss_coef": ["1"],
           "--coco_panoptic_path": ["x"]}
