@@ -6,17 +6,17 @@ import argparse
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Subset
 
-from datasets import coco, pretext, voc
+from datasets import coco, coco_panoptic, pretext, voc
 from util.errors import InputError
 
 __all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names"]
 
 # `--dataset_file` to the module that builds it.
-_DATASETS = {"coco": coco, "voc": voc, "imagenet": pretext}
+_DATASETS = {"coco": coco, "coco_panoptic": coco_panoptic, "voc": voc, "imagenet": pretext}
 
 
 def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
-    """Builds the data set that `args.dataset_file` ("coco", "voc" or "imagenet") names.
+    """Builds the data set that `args.dataset_file` ("coco", "coco_panoptic", "voc" or "imagenet") names.
 
     Args:
         image_set: "train" or "val".
@@ -40,10 +40,10 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
 
 
 def get_coco_api_from_dataset(dataset: Dataset) -> COCO | None:
-    """Returns the ground truth of a labelled data set, also inside a `Subset`; None for unlabelled images."""
+    """Returns the ground truth that boxes are evaluated on, also inside a `Subset`; None for unlabelled images."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    return getattr(dataset, "coco", None)
+    return getattr(dataset, "instances", None) or getattr(dataset, "coco", None)
 
 
 def _module(args: argparse.Namespace):

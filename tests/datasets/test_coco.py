@@ -249,7 +249,7 @@ def test_missing_folders_and_files_are_refused(world, tmp_path):
         build_dataset("train", arguments(""))
     with pytest.raises(InputError, match="image folder .*elsewhere does not exist"):
         CocoDetection(tmp_path / "elsewhere", world.root / "annotations/instances_train2017.json")
-    with pytest.raises(InputError, match="--dataset_file lvis is not one of coco, voc, imagenet"):
+    with pytest.raises(InputError, match="--dataset_file lvis is not one of coco, coco_panoptic, voc, imagenet"):
         build_dataset("train", arguments(world.root, dataset_file="lvis"))
 
 
