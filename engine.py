@@ -116,8 +116,8 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
 
     Returns:
         averages by name and the evaluator of boxes and masks. The averages hold the twelve COCO numbers of boxes as
-        `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`, `PQ_th` and
-        `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
+        `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`, `PQ_th`
+        and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
     """
     model.eval()
     criterion.eval()
@@ -161,7 +161,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
 
 
 def panoptic_evaluator(dataset: Dataset, output_dir: Optional[str]) -> PanopticEvaluator:
-    """The evaluator of a panoptic data set, also inside a `Subset`; given a folder, predictions go to its `panoptic_eval/`."""
+    """The evaluator of a panoptic data set, also inside a `Subset`; writes to `panoptic_eval/` in a folder if given."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return PanopticEvaluator(dataset.coco_panoptic_json, dataset.coco_panoptic_folder,

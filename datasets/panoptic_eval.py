@@ -57,8 +57,8 @@ class PanopticEvaluator:
 
         Args:
             predictions: dicts with `image_id`; `png_string`, the bytes of a PNG of the image's original size whose
-                pixels are segment ids (red + 256 green + 256² blue, 0 for none); `segments_info`, a list of dicts with
-                the segments' `id` and `category_id`; and optionally `file_name`, the PNG's name in `output_dir`.
+                pixels are segment ids (red + 256 green + 256² blue, 0 for none unless listed); `segments_info`, dicts
+                with the segments' `id` and `category_id`; and optionally `file_name`, the PNG's name in `output_dir`.
 
         Raises:
             InputError: the ground truth's PNG is missing or broken.
@@ -161,7 +161,7 @@ def match_segments(
     Args:
         truth_ids: segment ids of the pixels, int [H, W], 0 for void.
         truth: the true segments: dicts with `id`, `category_id` and optionally `iscrowd`.
-        found_ids: predicted segment ids, int [H, W], 0 for none.
+        found_ids: predicted segment ids, int [H, W], 0 for none unless it is listed in `found`.
         found: the predicted segments: dicts with `id` and `category_id`.
 
     Returns:
@@ -209,11 +209,14 @@ def match_segments(
 
 
 def _positions(ids: np.ndarray, listed: Sequence[int]) -> np.ndarray:
-    """Replaces void by 0, each listed id by its place from 1, and every other id by the place after the last."""
-    table = np.array([VOID, *listed], dtype=np.int64)
+    """Replaces void by 0, each listed id by its place from 1, and every other id by the place after the last.
+
+    Predictions may list 0, DETR's published ones do: it then names a segment, not void.
+    """
+    table = np.array([*listed, VOID], dtype=np.int64)
     order = table.argsort(kind="stable")
     places = order[np.searchsorted(table, ids, sorter=order).clip(max=len(table) - 1)]
-    return np.where(table[places] == ids, places, len(table))
+    return np.where(table[places] == ids, (places + 1) % len(table), len(table))
 
 
 def _quality(tally: Tally) -> tuple[float, float, float]:

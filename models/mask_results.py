@@ -2,6 +2,7 @@
 import io
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -93,12 +94,11 @@ class PostProcessPanoptic(nn.Module):
         if len(targets) != len(sizes):
             raise ValueError(f"{len(targets)} target sizes came with {len(sizes)} processed sizes")
         probabilities, labels = outputs["pred_logits"].float().softmax(-1).max(-1)
-        padded = _padded_size(sizes)
+        padded, no_object = _padded_size(sizes), outputs["pred_logits"].shape[-1] - 1
         results = []
         for i, (size, target) in enumerate(zip(sizes, targets)):
-            # No object is the last class, which the map doesn't hold.
-            known = torch.tensor([label in self.is_thing_map for label in labels[i].tolist()], device=labels.device)
-            kept = known & (probabilities[i] > self.threshold) & (labels[i] != outputs["pred_logits"].shape[-1] - 1)
+            known = torch.tensor([label in self.is_thing_map for label in labels[i].tolist()], dtype=torch.bool)
+            kept = known.to(labels.device) & (probabilities[i] > self.threshold) & (labels[i] != no_object)
             masks = _enlarge(outputs["pred_masks"][i, kept].float(), padded, size)
             results.append(self._panoptic(masks, labels[i, kept].tolist(), target))
         return results
@@ -115,7 +115,7 @@ class PostProcessPanoptic(nn.Module):
         segments = [{"id": i, "isthing": self.is_thing_map[label], "category_id": label, "area": area}
                     for i, (label, area) in enumerate(zip(labels, areas))]
         png = io.BytesIO()
-        Image.fromarray(ids_to_rgb(ids.cpu().numpy())).save(png, format="PNG")
+        Image.fromarray(ids_to_rgb(ids)).save(png, format="PNG")
         return {"png_string": png.getvalue(), "segments_info": segments}
 
     def _merged(self, labels: List[int]) -> List[int]:
@@ -123,22 +123,22 @@ class PostProcessPanoptic(nn.Module):
         return [i if self.is_thing_map[label] else labels.index(label) for i, label in enumerate(labels)]
 
 
-def _assign(masks: Tensor, target: Size, segments: List[int]) -> Tuple[Tensor, List[int]]:
+def _assign(masks: Tensor, target: Size, segments: List[int]) -> Tuple[np.ndarray, List[int]]:
     """Give each pixel to the segment whose mask is the strongest there.
 
     Args:
         masks: logits [k, H, W]; target: size of the map; segments: by mask, the segment it belongs to (0 … k - 1).
 
     Returns:
-        ids int64 [target] and the area of each of k segments in pixels.
+        ids int32 [target] and the area of each of k segments in pixels.
     """
     if not segments:
-        return torch.zeros(target, dtype=torch.int64), []
-    strongest = masks.argmax(0)
-    # "nearest-exact" takes the pixels that Pillow's nearest does.
-    strongest = F.interpolate(strongest[None, None].float(), size=target, mode="nearest-exact")[0, 0].long()
-    ids = torch.tensor(segments, device=masks.device)[strongest]
-    return ids, torch.bincount(ids.flatten(), minlength=len(segments)).tolist()
+        return np.zeros(target, dtype=np.int32), []
+    strongest = Image.fromarray(masks.argmax(0).to(torch.int32).cpu().numpy())
+    # Pillow's and torch's notions of the nearest pixel differ; the published program used Pillow's.
+    resized = np.asarray(strongest.resize((target[1], target[0]), Image.Resampling.NEAREST))
+    ids = np.array(segments, dtype=np.int32)[resized]
+    return ids, np.bincount(ids.ravel(), minlength=len(segments)).tolist()
 
 
 def _enlarge(masks: Tensor, padded: Size, size: Size) -> Tensor:

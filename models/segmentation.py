@@ -127,8 +127,8 @@ class MaskHead(nn.Module):
     Args:
         dim: width of the projected feature map; num_heads: attention maps per query.
         map_channels: channels of the three finer maps, deepest first.
-        masks_at_once: how many masks of an image are made at a time outside of training; the head's memory is that of so
-            many, however many queries there are.
+        masks_at_once: how many masks of an image are made at a time outside of training; the head's memory is that of
+            so many, however many queries there are.
 
     Raises:
         ValueError: if `dim` is less than 16.

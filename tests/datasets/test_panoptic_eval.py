@@ -63,6 +63,17 @@ def test_matching_by_hand(case):
     assert tallies == {category: pytest.approx(tally) for category, tally in expected.items()}
 
 
+@pytest.mark.parametrize("case", BY_HAND)
+def test_predicted_ids_may_start_at_zero(case):
+    """Where every pixel belongs to a segment; panopticapi takes such ids likewise, and DETR numbers its segments so."""
+    truth, found, expected = BY_HAND[case]
+    ids, segments = columns(*found)
+    if (ids > 0).all():
+        segments = [{**segment, "id": segment["id"] - 1} for segment in segments]
+        tallies = match_segments(*columns(*truth), ids - 1, segments)
+        assert tallies == {category: pytest.approx(tally) for category, tally in expected.items()}
+
+
 def test_pixels_without_a_segment_are_not_void():
     """Ids that the true segments don't list are no excuse for a prediction, unlike void ones."""
     ids, segments = columns((THING, 4), (STUFF, 6))

@@ -383,7 +383,8 @@ def test_masks_start_from_a_detector(models, tiny_args, start, missed):
 
 def test_a_detector_starts_from_a_model_with_masks(models, tiny_args):
     report = load_pretrained(build_model(tiny_args())[0], {"model": models("masks").state_dict()}, "a.pth")
-    assert report["missed"] == [] and {name.split(".")[0] for name in report["skipped"]} == {"bbox_attention", "mask_head"}
+    assert report["missed"] == []
+    assert {name.split(".")[0] for name in report["skipped"]} == {"bbox_attention", "mask_head"}
 
 
 def test_continuing_a_pre_training_keeps_its_classes(models, tiny_args):
