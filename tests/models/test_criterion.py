@@ -172,7 +172,7 @@ def test_feature_loss_takes_each_image_and_layer_its_own():
 
 
 def mask_outputs(masks, boxes):
-    """Outputs with mask logits [N][h][w]; every query is as sure of class 0, so that boxes alone decide the matching."""
+    """Outputs with mask logits [N][h][w]; all queries are as sure of class 0, so that boxes decide the matching."""
     outputs = outputs_of([[[0.8, 0.1, 0.1]] * len(boxes)], [boxes])
     outputs["pred_masks"] = torch.tensor([masks]).requires_grad_()
     return outputs

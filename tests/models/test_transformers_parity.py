@@ -254,7 +254,7 @@ def test_losses_of_masks(tiny_args):
                for n, height, width in ((2, 24, 20), (4, 16, 32), (0, 10, 10))]
     losses = criterion({"pred_logits": logits[2], "pred_boxes": boxes[2], "pred_masks": masks,
                         "aux_outputs": [{"pred_logits": logits[i], "pred_boxes": boxes[i]} for i in range(2)]}, targets)
-    labels = [{"class_labels": target["labels"], "boxes": target["boxes"], "masks": target["masks"]} for target in targets]
+    labels = [{"class_labels": target["labels"], **target} for target in targets]
     # Their loss function as a whole asks for masks of every layer, which even their model doesn't predict.
     criterion_of_theirs = ImageLoss(matcher=TheirMatcher(class_cost=1, bbox_cost=5, giou_cost=2), num_classes=5,
                                     eos_coef=0.1, losses=["labels", "boxes", "cardinality", "masks"])
