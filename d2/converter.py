@@ -30,6 +30,7 @@ COCO_LABELS = (91, 250)  # outputs of the official box and panoptic models, with
 PRETEXT_HEADS = ("patch2query.", "feature_align.", "class_embed.")  # what UP-DETR's pre-training alone has a use for
 BLOCK_NAMES = {"bn1": "conv1.norm", "bn2": "conv2.norm", "bn3": "conv3.norm", "downsample.0": "shortcut",
                "downsample.1": "shortcut.norm"}
+CONFIGS = {False: "d2/configs/detr_256_6_6_torchvision.yaml", True: "d2/configs/detr_segm_256_6_6_torchvision.yaml"}
 OPTION_OF = {"num_queries": "NUM_OBJECT_QUERIES", "hidden_dim": "HIDDEN_DIM", "dim_feedforward": "DIM_FEEDFORWARD",
              "enc_layers": "ENC_LAYERS", "dec_layers": "DEC_LAYERS", "pre_norm": "PRE_NORM", "nheads": "NHEADS"}
 
@@ -108,7 +109,8 @@ def find_category_ids(checkpoint: Dict[str, Any], state: Dict[str, Tensor], anno
                      "JSON, a COCO-format file with the same categories")
 
 
-def config_options(checkpoint: Dict[str, Any], state: Dict[str, Tensor], num_classes: Optional[int]) -> List[str]:
+def config_options(checkpoint: Dict[str, Any], state: Dict[str, Tensor], num_classes: Optional[int],
+                   with_masks: bool = False) -> List[str]:
     """The options in which a config for this model differs from those in `configs/`: name, value, name, value …"""
     stored = checkpoint.get("args") or {}
     stored = stored if isinstance(stored, dict) else vars(stored)
@@ -125,8 +127,7 @@ def config_options(checkpoint: Dict[str, Any], state: Dict[str, Tensor], num_cla
     if stored.get("dilation"):
         options["MODEL.RESNETS.RES5_DILATION"] = 2
     if told["backbone_last_layer"] == "layer3":
-        maps = ["res2", "res3", "res4"] if detector_of(state) is not state else ["res4"]
-        options["MODEL.RESNETS.OUT_FEATURES"] = json.dumps(maps)
+        options["MODEL.RESNETS.OUT_FEATURES"] = json.dumps(["res2", "res3", "res4"] if with_masks else ["res4"])
     return [str(word) for option in options.items() for word in option]
 
 
@@ -159,9 +160,10 @@ def main(args: argparse.Namespace) -> None:
     classes = f"; {len(category_ids)} classes with category ids {_ranges(category_ids)}" if category_ids else \
         "; the classifier is left out, a fine-tuning starts it afresh"
     print(f"{args.source_model}: {kind}{classes}")
-    options = config_options(checkpoint, state, len(category_ids) if category_ids else None)
-    print(f"wrote {args.output_model}, {len(converted)} tensors; options for train_net.py: "
-          + shlex.join(["MODEL.WEIGHTS", args.output_model, *options]))
+    with_masks = args.masks or detector_of(state) is not state
+    options = config_options(checkpoint, state, len(category_ids) if category_ids else None, with_masks)
+    print(f"wrote {args.output_model}, {len(converted)} tensors; arguments for train_net.py: " + shlex.join(
+        ["--config-file", CONFIGS[with_masks], "MODEL.WEIGHTS", args.output_model, *options]))
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -117,6 +117,7 @@ def test_options_name_what_differs_from_the_defaults(tiny_args) -> None:
         "MODEL.DETR.NHEADS": "4", "MODEL.DETR.NUM_CLASSES": "3", "MODEL.RESNETS.DEPTH": "18",
         "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
         "MODEL.RESNETS.OUT_FEATURES": '["res4"]'}
+    assert config_options({}, state, 3, with_masks=True)[-1] == '["res2", "res3", "res4"]'
 
 
 def test_the_published_resnet50_needs_no_options(published: Dict[str, Any]) -> None:
@@ -131,6 +132,7 @@ def test_the_program(tiny_args, tmp_path) -> None:
     save_checkpoint({"model": model.state_dict(), "class_names": {1: "disc", 4: "star"}}, str(source))
     done = run(["d2/converter.py", "--source_model", source, "--output_model", output])
     assert "2 classes with category ids 1, 4" in done.stdout and "MODEL.DETR.NUM_CLASSES 2" in done.stdout
+    assert f"--config-file d2/configs/detr_256_6_6_torchvision.yaml MODEL.WEIGHTS {output} " in done.stdout
     converted = torch.load(output, weights_only=True)["model"]
     assert torch.equal(converted["detr.class_embed.bias"], model.class_embed.bias.detach()[[1, 4, 5]])
     refused = run(["d2/converter.py", "--source_model", tmp_path / "none.pth", "--output_model", output], check=False)

@@ -26,6 +26,7 @@ from datasets.toy import ToySettings, write_toy  # noqa: E402
 from main import get_args_parser  # noqa: E402
 from models import build_model  # noqa: E402
 from util import recipes  # noqa: E402
+from util.box_ops import box_cxcywh_to_xyxy  # noqa: E402
 from util.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from util.errors import InputError  # noqa: E402
 
@@ -84,7 +85,8 @@ def test_a_converted_model_gives_the_same_outputs(tiny_args: Any, images: List[T
     model = randomised(build_model(args)[0]).eval()
     inner = model.detr if masks else model
     state, ids = model.state_dict(), [1, 2, 4]
-    detectron = Detr(config(MASKS if masks else BOX, *config_options({"args": vars(args)}, state, len(ids)))).eval()
+    options = config_options({"args": vars(args)}, state, len(ids), masks)
+    detectron = Detr(config(MASKS if masks else BOX, *options)).eval()
     detectron.load_state_dict(convert(state, ids))  # strictly
     with torch.no_grad():
         ours, theirs = model(images), detectron.detr(images)
@@ -117,7 +119,7 @@ def checkpoints(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str
         made[f"{kind} built"] = model.eval(), postprocessors
         save_checkpoint({"model": model.state_dict(), "class_names": names, "args": plain}, str(made[kind]))
         done = run(["d2/converter.py", "--source_model", made[kind], "--output_model", made[f"{kind} converted"]])
-        made[f"{kind} options"] = shlex.split(done.stdout.split("options for train_net.py: ")[1])
+        made[f"{kind} told"] = shlex.split(done.stdout.split("arguments for train_net.py: ")[1])
     return made
 
 
@@ -125,13 +127,13 @@ def checkpoints(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str
 def evaluated(toy: Path, checkpoints: Dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
     """What `main.py --eval` and `train_net.py --eval-only` print, and the detections that the latter wrote."""
     results: Dict[str, Any] = {}
-    for kind, file, flags in (("boxes", BOX, []), ("masks", MASKS, ["--masks"])):
+    for kind, flags in (("boxes", []), ("masks", ["--masks"])):
         out = tmp_path_factory.mktemp(kind)
         own = ["main.py", "--eval", "--batch_size", "1", *SMALL_COCO, "--num_workers", "0", *flags]
         results[f"main {kind}"] = run([*own, "--coco_path", toy, "--resume", checkpoints[kind]]).stdout
-        detectron = ["d2/train_net.py", "--config-file", file, "--num-gpus", "0", "--coco-path", toy, "--eval-only"]
-        options = [*checkpoints[f"{kind} options"], *SMALL_IMAGES, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", out]
-        results[kind] = run([*detectron, *options]).stdout
+        detectron = ["d2/train_net.py", "--num-gpus", "0", "--coco-path", toy, "--eval-only"]
+        told = checkpoints[f"{kind} told"]
+        results[kind] = run([*detectron, *told, *SMALL_IMAGES, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", out]).stdout
         results[f"{kind} found"] = json.loads((out / "inference" / "coco_instances_results.json").read_text())
     return results
 
@@ -183,10 +185,10 @@ TRAINING = ("SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 3 SOLVER.STEPS (2,) SOLVER.C
 
 def test_training_boxes_then_masks_on_top_of_them(toy: Path, checkpoints: Dict[str, Any], tmp_path: Path) -> None:
     """Three steps of the detector, a resumption, then a mask head on the frozen result, which stays bit-equal."""
-    options = checkpoints["boxes options"]  # the first two are MODEL.WEIGHTS and the file
+    told = checkpoints["boxes told"]  # it begins with the config and the weights
     command = ["d2/train_net.py", "--num-gpus", "0", "--coco-path", toy]
-    training = [*options, *SMALL_IMAGES, *TRAINING, "OUTPUT_DIR", tmp_path / "box"]
-    run([*command, "--config-file", BOX, *training])
+    training = [*told, *SMALL_IMAGES, *TRAINING, "OUTPUT_DIR", tmp_path / "box"]
+    run([*command, *training])
     before = load_checkpoint(str(checkpoints["boxes converted"]))["model"]
     trained = load_checkpoint(str(tmp_path / "box" / "model_final.pth"))["model"]
     assert set(trained) == set(before)
@@ -195,11 +197,11 @@ def test_training_boxes_then_masks_on_top_of_them(toy: Path, checkpoints: Dict[s
     assert not any(".stem." in name or ".res2." in name or "norm.running" in name for name in moved)
     log = json.loads((tmp_path / "box" / "metrics.json").read_text().splitlines()[0])
     assert {"total_loss", "loss_ce", "loss_giou_0", "class_error", "lr"} <= set(log)
-    resumed = run([*command, "--config-file", BOX, "--resume", *training, "SOLVER.MAX_ITER", "4"])
+    resumed = run([*command, "--resume", *training, "SOLVER.MAX_ITER", "4"])
     assert "Starting training from iteration 3" in resumed.stdout
 
     run([*command, "--config-file", MASKS, "MODEL.DETR.FROZEN_WEIGHTS", tmp_path / "box" / "model_final.pth",
-         *options[2:], *SMALL_IMAGES, *TRAINING, "OUTPUT_DIR", tmp_path / "masks"])
+         *told[4:], *SMALL_IMAGES, *TRAINING, "OUTPUT_DIR", tmp_path / "masks"])
     box = load_checkpoint(str(tmp_path / "box" / "model_final.pth"))["model"]
     masks = load_checkpoint(str(tmp_path / "masks" / "model_final.pth"))["model"]
     inner = {name.removeprefix("detr."): value for name, value in masks.items()}
@@ -304,6 +306,31 @@ def test_instances_become_targets_whatever_their_masks_are_kept_as(tiny_args: An
         assert int(target["masks"].sum()) == 16 * 8
     nothing = model._target(Instances((16, 32), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0).long()))
     assert nothing["masks"].shape == (0, 16, 32) and nothing["masks"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
+def test_losses_are_those_of_main_py(tiny_args: Any, images: List[Tensor], targets: List[Dict[str, Tensor]],
+                                     masks: bool) -> None:
+    """Of the same weights, images and objects; no output is left out."""
+    args = tiny_args(masks=masks)
+    model, criterion, _ = build_model(args)
+    options = config_options({"args": vars(args)}, model.state_dict(), 5, masks)
+    detectron = Detr(config(MASKS if masks else BOX, *options, "MODEL.DETR.DROPOUT", 0.0))
+    detectron.load_state_dict(convert(model.state_dict(), range(5)))
+    batch = []
+    for image, target in zip(images, targets):
+        (height, width), boxes = image.shape[1:], box_cxcywh_to_xyxy(target["boxes"])
+        instances = Instances((height, width), gt_classes=target["labels"])
+        instances.gt_boxes = Boxes(boxes * torch.tensor([width, height, width, height]))
+        slope = (target["labels"][:, None, None] + 1) / 4
+        target["masks"] = torch.arange(height)[:, None] < torch.arange(width) * slope
+        instances.gt_masks = BitMasks(target["masks"])
+        batch.append({"image": image * detectron.pixel_std + detectron.pixel_mean, "instances": instances})
+    theirs = detectron(batch)
+    ours = criterion(model(images), targets)
+    assert set(theirs) == {name for name in ours if name in criterion.weight_dict}
+    for name, value in theirs.items():
+        torch.testing.assert_close(value, ours[name] * criterion.weight_dict[name], rtol=1e-3, atol=1e-4)
 
 
 def test_losses_are_weighted_and_results_have_the_wanted_size(tiny_args: Any) -> None:
