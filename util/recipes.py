@@ -34,13 +34,14 @@ NAMES = {"coco": "DETR on COCO-format data", "voc": "DETR on Pascal VOC", "image
 # Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
 FLAGS_OF = {
     "coco_path": ("coco",), "voc_path": ("voc",), "remove_difficult": ("voc",), "num_classes": ("coco", "voc"),
+    **{name: ("coco", "coco_panoptic") for name in ("train_images", "train_annotations", "val_images", "val_annotations")},
     **{name: ("imagenet",) for name in (
         "imagenet_path", "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
         "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
     **{name: ("coco", "voc") for name in ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size")
+                "dec_layers", "patch_size", "overfit")
 REQUIRED_PATH = {"coco": "coco_path", "voc": "voc_path", "imagenet": "imagenet_path"}
 
 
@@ -90,6 +91,8 @@ def _check_values(args: argparse.Namespace) -> None:
 
 def require_data(args: argparse.Namespace) -> None:
     """Raise InputError unless the flag that says where the data set lies was given."""
+    if args.train_annotations or args.val_annotations:
+        return  # files named one by one: the data sets say what else they need
     flag = REQUIRED_PATH[args.dataset_file]
     if not getattr(args, flag):
         raise InputError(f"--{flag} is missing: where is the data set? (--coco_path, --voc_path, or --imagenet_path for "

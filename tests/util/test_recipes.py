@@ -89,6 +89,8 @@ def test_resolving_twice_changes_nothing(flags):
     ("coco", ("--feature_recon",), "--feature_recon has no effect with --dataset_file coco; it belongs to imagenet"),
     ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet"),
     ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
+    ("voc", ("--train_images", "x"),
+     "--train_images has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
     ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco"),
     ("imagenet", ("--num_classes", 3),
      "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and voc")])
@@ -107,7 +109,7 @@ def test_every_flag_left_open_has_a_default_somewhere():
     """A flag whose default is None is filled in by a recipe, or means "none" or "see the data set" by itself."""
     itself = {"amp", "num_classes", "dataset_file", "coco_path", "voc_path", "imagenet_path", "imagenet_val_path",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "local_rank"}
+              "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -147,6 +149,11 @@ def test_data_must_be_somewhere(dataset, flag):
     recipes.require_data(resolved(f"--{flag}", "somewhere"))
 
 
+def test_own_files_are_data_too():
+    recipes.require_data(resolved("--train_images", "a", "--train_annotations", "b.json"))
+    recipes.require_data(resolved("--val_images", "a", "--val_annotations", "b.json", "--eval"))
+
+
 def test_the_start_of_the_log_names_every_value():
     args = resolved("--imagenet_path", "images", "--num_patches", 5)
     title, values = recipes.describe(args).splitlines()
@@ -162,7 +169,8 @@ def test_the_start_of_the_log_names_every_value():
 OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone", "--num_classes",
        "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
-       "--crop_size", "--val_size", "--max_size", "--eval_every", "--local_rank", "--local-rank"}
+       "--crop_size", "--val_size", "--max_size", "--eval_every", "--local_rank", "--local-rank",
+       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit"}
 # Flags of the originals for masks, which this program doesn't train.
 ABSENT = {"--frozen_weights": ["x.pth"], "--masks": [], "--mask_loss_coef": ["1"], "--dice_loss_coef": ["1"],
           "--coco_panoptic_path": ["x"]}
