@@ -12,7 +12,7 @@ WITHOUT = "import sys; sys.modules['detectron2'] = None; "  # what Python itself
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
     """Run Python in the project's root."""
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True, timeout=60)
 
 
 def test_an_import_without_detectron2_ends_in_one_sentence_that_says_how_to_get_it() -> None:
