@@ -301,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
 
     torch.manual_seed(args.seed)
-    model, criterion, postprocessors = build_model(args, things or None)
+    model, criterion, postprocessors = build_model(args, things)
     optimizer = build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
                           torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch,
