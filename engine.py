@@ -6,14 +6,17 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 
 from datasets.coco_eval import CocoEvaluator
+from datasets.panoptic_eval import PanopticEvaluator
 from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
 from util.checkpoint import save_checkpoint
 from util.misc import MetricLogger, SmoothedValue, is_main_process, print_main, reduce_dict
 
 PRINT_FREQ = 10
 PATCH_LABEL = 1
+STATS_OF = {"bbox": "coco_eval_bbox", "segm": "coco_eval_masks"}  # by IoU type, the name of COCO's twelve numbers
 
 
 def to_device(batch: Sequence[Any], device: torch.device) -> Tuple[List[Any], List[Dict[str, Tensor]]]:
@@ -106,21 +109,26 @@ def _require_finite(logger: MetricLogger, epoch: int, step: int) -> None:
 def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, nn.Module], data_loader: Iterable,
              base_ds: Any, device: torch.device, output_dir: Optional[str] = None, *,
              amp_dtype: Optional[torch.dtype] = None) -> Tuple[Dict[str, Any], CocoEvaluator]:
-    """Evaluate detections by COCO's measures.
+    """Evaluate detections by COCO's measures, and panoptic maps by panoptic quality.
 
     Args:
         model: the model itself, not its DistributedDataParallel wrapper: processes may have unequal shares of the images.
+        postprocessors: "bbox"; "segm" adds masks, "panoptic" adds maps, whose ground truth the loader's data set names.
         base_ds: the COCO ground truth of the data set (`datasets.get_coco_api_from_dataset`).
-        output_dir: if given, pycocotools' precision and recall tables go to `eval/latest.pth` in it.
+        output_dir: if given, pycocotools' precision and recall tables of the boxes go to `eval/latest.pth` in it, and
+            panoptic maps to `panoptic_eval/`.
 
     Returns:
-        averages by name, with the twelve COCO numbers as `coco_eval_bbox`, and the evaluator.
+        averages by name and the evaluator of boxes and masks. The averages hold the twelve COCO numbers of boxes as
+        `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`, `PQ_th`
+        and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
     """
     model.eval()
     criterion.eval()
     logger = MetricLogger(delimiter="  ")
     logger.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
-    evaluator = CocoEvaluator(base_ds, tuple(postprocessors))
+    evaluator = CocoEvaluator(base_ds, [iou_type for iou_type in STATS_OF if iou_type in postprocessors])
+    panoptic = panoptic_evaluator(data_loader.dataset, output_dir) if "panoptic" in postprocessors else None
     for batch in logger.log_every(data_loader, PRINT_FREQ, "Test:"):
         inputs, targets = to_device(batch, device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
@@ -128,19 +136,40 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         _log(logger, criterion(outputs, targets), criterion.weight_dict)
         original_sizes = torch.stack([target["orig_size"] for target in targets])
         detections = postprocessors["bbox"](outputs, original_sizes)
-        evaluator.update({int(target["image_id"]): found for target, found in zip(targets, detections)})
+        sizes = torch.stack([target["size"] for target in targets])
+        if "segm" in postprocessors:
+            detections = postprocessors["segm"](detections, outputs, original_sizes, sizes)
+        image_ids = [int(target["image_id"]) for target in targets]
+        evaluator.update(dict(zip(image_ids, detections)))
+        if panoptic:
+            maps = postprocessors["panoptic"](outputs, sizes, original_sizes)
+            panoptic.update([{"image_id": image_id, "file_name": f"{image_id:012d}.png", **found}
+                             for image_id, found in zip(image_ids, maps)])
     logger.synchronize_between_processes()
     print_main("Averaged stats:", logger)
     evaluator.synchronize_between_processes()
     evaluator.accumulate()
     evaluator.summarize()
     stats: Dict[str, Any] = logger.averages()
-    stats["coco_eval_bbox"] = [float(number) for number in evaluator.coco_eval["bbox"].stats]
+    for iou_type, evaluation in evaluator.coco_eval.items():
+        stats[STATS_OF[iou_type]] = [float(number) for number in evaluation.stats]
+    if panoptic:
+        panoptic.synchronize_between_processes()
+        results = panoptic.summarize()
+        stats.update(PQ_all=results["All"], PQ_th=results["Things"], PQ_st=results["Stuff"])
     if output_dir and is_main_process():
         tables = evaluator.coco_eval["bbox"].eval
         save_checkpoint({name: torch.from_numpy(tables[name]) for name in ("precision", "recall", "scores")},
                         os.path.join(output_dir, "eval", "latest.pth"))
     return stats, evaluator
+
+
+def panoptic_evaluator(dataset: Dataset, output_dir: Optional[str]) -> PanopticEvaluator:
+    """The evaluator of a panoptic data set, also inside a `Subset`; writes to `panoptic_eval/` in a folder if given."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return PanopticEvaluator(dataset.coco_panoptic_json, dataset.coco_panoptic_folder,
+                             os.path.join(output_dir, "panoptic_eval") if output_dir else None)
 
 
 @torch.no_grad()

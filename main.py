@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, objects_per_image
+from datasets.coco_panoptic import is_thing_map
 from datasets.pretext import PretextDataset
 from engine import evaluate, evaluate_patches, train_one_epoch
 from models import build_model
 from util import recipes
-from util.checkpoint import load_checkpoint, load_model_strictly, load_pretrained
+from util.checkpoint import load_checkpoint, load_model_strictly, load_pretrained, model_state, num_outputs
 from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, print_main, shutdown
 from util.errors import InputError, run_program
 from util.misc import collate_fn
@@ -80,9 +81,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--giou_loss_coef", default=2, type=float)
     group.add_argument("--eos_coef", type=float, help="weight of the no-object class (0.1; pre-training: patches / queries)")
 
+    group = parser.add_argument_group("masks")
+    group.add_argument("--masks", action="store_true", default=None, help="also predict a mask for each object")
+    group.add_argument("--frozen_weights",
+                       help="checkpoint (file or URL) of the detector on which to train a mask head alone")
+    group.add_argument("--mask_loss_coef", type=float, help="weight of the masks' focal loss (1)")
+    group.add_argument("--dice_loss_coef", type=float, help="weight of the masks' Dice loss (1)")
+    group.add_argument("--mask_softmax", choices=("joint", "per_head"),
+                       help="attention maps of a query sum to one over all heads together, as in DETR's mask models, "
+                            "or for each head, as in UP-DETR's and DETReg's (joint)")
+
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_file", choices=tuple(recipes.RECIPES), help="by default what the given path says")
     group.add_argument("--coco_path", help="folder with train2017/, val2017/ and annotations/")
+    group.add_argument("--coco_panoptic_path",
+                       help="folder with panoptic_train2017/, panoptic_val2017/ and annotations/")
+    for part, words in (("train", "training"), ("val", "validation")):
+        group.add_argument(f"--{part}_images", help=f"folder of the {words} images ({part}2017 in --coco_path)")
+        group.add_argument(f"--{part}_annotations", help=f"COCO-format JSON of the {words} images, relative to "
+                           f"--coco_path (annotations/instances_{part}2017.json; panoptic: --coco_panoptic_path)")
     group.add_argument("--voc_path", help="the VOCdevkit folder, with VOC2007/ and VOC2012/")
     group.add_argument("--imagenet_path", help="folder tree of images to pre-train on")
     group.add_argument("--imagenet_val_path", help="folder tree of held-out images to evaluate a pre-training on")
@@ -103,6 +120,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--pretrain", default="", help="checkpoint (file or URL) whose weights to start from")
     group.add_argument("--start_epoch", default=0, type=int)
     group.add_argument("--eval", action="store_true", help="evaluate only")
+    group.add_argument("--overfit", type=int, metavar="N",
+                       help="prove a set-up: train and evaluate on the first N training images, without augmentation")
     group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations")
     group.add_argument("--tensorboard", action="store_true", help="also write losses and results for TensorBoard")
     group.add_argument("--world_size", default=1, type=int, help="number of processes; set by the launcher")
@@ -113,7 +132,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW over two groups: everything but the backbone, and the backbone at its own rate."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [(name.removeprefix("detr."), parameter) for name, parameter in model.named_parameters()
+               if parameter.requires_grad]
     groups = [{"params": [parameter for name, parameter in trained if not name.startswith("backbone.")]},
               {"params": [parameter for name, parameter in trained if name.startswith("backbone.")], "lr": args.lr_backbone}]
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
@@ -159,16 +179,19 @@ class Evaluation:
                                     get_coco_api_from_dataset(self.dataset), self.device, self.args.output_dir,
                                     amp_dtype=AMP_TYPES.get(self.args.amp))
         if self.args.eval:
-            _print_per_class(evaluator.per_class())
-        return stats, stats["coco_eval_bbox"][0]
+            for iou_type in evaluator.iou_types:
+                _print_per_class(evaluator.per_class(iou_type), iou_type)
+        if "PQ_all" in stats:
+            return stats, stats["PQ_all"]["pq"]
+        return stats, stats["coco_eval_masks" if self.args.masks else "coco_eval_bbox"][0]
 
 
-def _print_per_class(results: Dict[str, Any]) -> None:
-    """Print each class's AP and AP50 in percent; "-" for a class without objects."""
+def _print_per_class(results: Dict[str, Any], iou_type: str) -> None:
+    """Print each class's AP and AP50 of boxes or masks in percent; "-" for a class without objects."""
     width = max(map(len, results), default=0)
     for name, figures in results.items():
         ap, ap50 = (f"{100 * figure:5.1f}" if figure >= 0 else "    -" for figure in figures)
-        print_main(f"{name:{width}}  AP {ap}  AP50 {ap50}")
+        print_main(f"{name:{width}}  {iou_type} AP {ap}  AP50 {ap50}")
 
 
 def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluation: Optional[Evaluation],
@@ -233,18 +256,46 @@ def largest_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
 
 
-def initial_weights(state: TrainingState, args: argparse.Namespace) -> None:
-    """Load what the run starts from: a checkpoint to continue or evaluate, else another model's weights, else nothing."""
-    if args.resume:
-        checkpoint = load_checkpoint(args.resume)
-        if args.eval:
-            load_model_strictly(state.model, checkpoint, args.resume)
-        else:
-            state.resume(checkpoint, args.resume, args.lr_drop)
-    elif args.pretrain:
-        load_pretrained(state.model, load_checkpoint(args.pretrain, flag="--pretrain"), args.pretrain)
-    elif args.eval:
+def read_start(args: argparse.Namespace) -> Dict[str, Any]:
+    """Read what the run starts from: a checkpoint to continue or evaluate, else a detector to put masks on, else
+    another model's weights, else nothing."""
+    if args.eval and not args.resume:
         raise InputError("--eval needs a model to evaluate: --resume FILE_OR_URL")
+    for flag in ("resume", "frozen_weights", "pretrain"):
+        if getattr(args, flag):
+            return load_checkpoint(getattr(args, flag), flag=f"--{flag}")
+    return {}
+
+
+def initial_weights(state: TrainingState, checkpoint: Dict[str, Any], args: argparse.Namespace) -> None:
+    """Put what `read_start` returned into the model, and into the training where it is continued."""
+    if args.resume and args.eval:
+        load_model_strictly(state.model, checkpoint, args.resume)
+    elif args.resume:
+        state.resume(checkpoint, args.resume, args.lr_drop)
+    elif args.frozen_weights:
+        load_model_strictly(state.model.detr, checkpoint, f"--frozen_weights {args.frozen_weights}")
+    elif args.pretrain:
+        load_pretrained(state.model, checkpoint, args.pretrain)
+
+
+def describe_classes(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Dict[int, str], Dict[int, bool]]:
+    """Set `args.num_classes`; returns the names of the classes and, of panoptic data, which are things.
+
+    Published panoptic models, and detectors trained on panoptic data, have more outputs than the annotations need. With
+    masks the number is the model's then, unless `--num_classes` is given.
+    """
+    if args.dataset_file == "imagenet":
+        return {}, {}
+    given = args.num_classes
+    args.num_classes, class_names = num_classes_and_names(args)
+    whole = args.resume or args.frozen_weights  # a model, or a detector, that has to fit as it is
+    if whole and args.masks and given is None:
+        stored = num_outputs(model_state(checkpoint, whole)) - 1
+        if stored > args.num_classes:
+            print_main(f"{stored} classes as in {whole}; the annotations need {args.num_classes}")
+            args.num_classes = stored
+    return class_names, is_thing_map(args) if args.dataset_file == "coco_panoptic" else {}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -253,21 +304,24 @@ def main(args: argparse.Namespace) -> None:
     recipes.require_data(args)
     init_distributed_mode(args)
     args.resume = find_resume(args)
-    class_names: Dict[int, str] = {}
-    if args.dataset_file != "imagenet":
-        args.num_classes, class_names = num_classes_and_names(args)
+    checkpoint = read_start(args)
+    class_names, things = describe_classes(args, checkpoint)
     print_main(recipes.describe(args))
+    if args.overfit:
+        print_main(f"overfit: training and evaluation see the first {args.overfit} training images, not augmented")
     device = torch.device(args.device)
 
     torch.manual_seed(args.seed)
-    model, criterion, postprocessors = build_model(args)
+    model, criterion, postprocessors = build_model(args, things)
     optimizer = build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
-                          torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch)
+                          torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch,
+                          is_thing_map=things)
     torch.manual_seed(args.seed + get_rank())  # from here on processes draw their own dropout
-    initial_weights(state, args)
+    initial_weights(state, checkpoint, args)
+    del checkpoint  # a training would keep its memory to the end
 
-    held_out = args.dataset_file != "imagenet" or args.imagenet_val_path or args.held_out_share or args.eval
+    held_out = args.dataset_file != "imagenet" or args.imagenet_val_path or args.held_out_share or args.eval or args.overfit
     evaluation = Evaluation(args, criterion, postprocessors) if held_out else None
     if args.eval:
         print_main(evaluation_summary(args, class_names, len(evaluation.dataset), objects_per_image(evaluation.dataset)))

@@ -7,17 +7,19 @@ import torch
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Subset
 
-from datasets import coco, pretext, voc
+from datasets import coco, coco_panoptic, pretext, voc
 from util.errors import InputError
 
 __all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names", "objects_per_image"]
 
 # `--dataset_file` to the module that builds it.
-_DATASETS = {"coco": coco, "voc": voc, "imagenet": pretext}
+_DATASETS = {"coco": coco, "coco_panoptic": coco_panoptic, "voc": voc, "imagenet": pretext}
 
 
 def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
-    """Builds the data set that `args.dataset_file` ("coco", "voc" or "imagenet") names.
+    """Builds the data set that `args.dataset_file` ("coco", "coco_panoptic", "voc" or "imagenet") names.
+
+    With `args.overfit` both image sets are the first so many training images, prepared as in evaluation.
 
     Args:
         image_set: "train" or "val".
@@ -26,7 +28,12 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
     Raises:
         InputError: the name is unknown, or the data is missing or wrong.
     """
-    return _module(args).build(image_set, args)
+    count = getattr(args, "overfit", None)
+    if count is None:
+        return _module(args).build(image_set, args)
+    dataset = _module(args).build("train", args, augment=False)
+    dataset.keep_first(count)
+    return dataset
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -41,10 +48,10 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
 
 
 def get_coco_api_from_dataset(dataset: Dataset) -> COCO | None:
-    """Returns the ground truth of a labelled data set, also inside a `Subset`; None for unlabelled images."""
+    """Returns the ground truth that boxes are evaluated on, also inside a `Subset`; None for unlabelled images."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    return getattr(dataset, "coco", None)
+    return getattr(dataset, "instances", None) or getattr(dataset, "coco", None)
 
 
 def objects_per_image(dataset: Dataset) -> torch.Tensor | None:

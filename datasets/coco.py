@@ -6,26 +6,26 @@ import contextlib
 import functools
 import io
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import transforms as T
-from datasets.image_io import UnreadableImage, read_image
+from datasets.checks import (Problem, draw_segmentation, ground_truth_problems, is_count, raise_first,
+                             read_labelled_image)
 from util.distributed import print_main
 from util.errors import InputError
 
 __all__ = [
-    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "index_ground_truth",
-    "make_coco_transforms", "num_classes_and_names", "num_classes_of", "read_ground_truth", "transform_sizes",
+    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "image_folder",
+    "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of",
+    "read_ground_truth", "report_left_out", "training_categories", "transform_sizes",
 ]
 
 TRAIN_SIZES = tuple(range(480, 801, 32))
@@ -34,19 +34,23 @@ _CROP_RESIZES = (400, 500, 600)
 _CROP_SIZES = (384, 600)
 
 
-def build(image_set: str, args: argparse.Namespace) -> "CocoDetection":
-    """Builds the COCO data set of `args` (`coco_path`, `eval`, `masks` if there, `seed`, `num_classes`, the sizes).
+def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "CocoDetection":
+    """Builds the COCO data set of `args`.
+
+    Reads `coco_path`, `train_images`, `train_annotations`, `val_images`, `val_annotations` and `masks` where they are
+    there, `eval`, `seed`, `num_classes` and the sizes.
 
     Args:
         image_set: "train" or "val".
         args: parsed flags.
+        augment: False prepares training images as evaluation does.
 
     Raises:
         InputError: something in the folder or the annotations is missing or wrong.
     """
     folder, ann_file = _paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
-    transforms = make_coco_transforms(image_set, **transform_sizes(args))
+    transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
                          num_classes=num_classes)
 
@@ -60,14 +64,37 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
     Raises:
         InputError: the annotations are missing or broken.
     """
-    image_set = "train"
-    if args.eval and not _paths("train", args)[1].is_file():
-        image_set = "val"
-    ann_file = _paths(image_set, args)[1]
-    ground_truth = read_ground_truth(ann_file)
-    if args.eval and image_set == "train":
+    ann_file, categories = training_categories(args, _ann_file)
+    return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
+
+
+def training_categories(
+    args: argparse.Namespace, ann_file_of: Callable[[str, argparse.Namespace], Path | None]
+) -> tuple[Path, dict]:
+    """Reads the categories that a model for `args` is trained on.
+
+    Args:
+        args: parsed flags.
+        ann_file_of: tells the annotation file of "train" or "val" and `args`, None where no flag says.
+
+    Returns:
+        The training annotations, or the validation ones in an evaluation that has no others; and a dict with their
+        list "categories" alone.
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    ann_file = ann_file_of("train", args)
+    of_training = not args.eval or (ann_file is not None and ann_file.is_file())
+    if not of_training:
+        ann_file = ann_file_of("val", args)
+    if ann_file is None:
+        flag = "train_annotations" if of_training else "val_annotations"
+        raise InputError(f"--coco_path is needed, the folder that holds annotations/, or --{flag}")
+    categories = _read_categories(*_version(ann_file))
+    if args.eval and of_training:
         _read_json.cache_clear()  # an evaluation has no further use for gigabytes of training annotations
-    return num_classes_of(ground_truth, ann_file, args.num_classes), class_names(ground_truth)
+    return ann_file, {"categories": list(categories)}
 
 
 def transform_sizes(args: argparse.Namespace) -> dict:
@@ -135,6 +162,7 @@ class DetectionDataset(Dataset):
         return_masks: whether targets hold `masks`.
         seed: seed of the run.
         remove_difficult: leave annotations marked `difficult` out of the targets.
+        index: makes the `COCO` object of the ground truth.
 
     Attributes:
         coco: the ground truth as a pycocotools COCO object.
@@ -151,6 +179,7 @@ class DetectionDataset(Dataset):
         *,
         seed: int = 0,
         remove_difficult: bool = False,
+        index: Callable[[dict], COCO] | None = None,
     ) -> None:
         self.img_folder = Path(img_folder)
         self.source = source
@@ -158,7 +187,7 @@ class DetectionDataset(Dataset):
         self.return_masks = return_masks
         self.seed = seed
         self.remove_difficult = remove_difficult
-        self.coco = index_ground_truth(ground_truth)
+        self.coco = (index or index_ground_truth)(ground_truth)
         self.ids = sorted(self.coco.imgs)
         self._objects, self._starts = self._pack_annotations()
         # In shared memory, so that workers which outlive an epoch see the new one.
@@ -168,9 +197,21 @@ class DetectionDataset(Dataset):
         """Sets the epoch that the randomness of the samples depends on; call it before iterating."""
         self._epoch.fill_(epoch)
 
+    def keep_first(self, count: int) -> None:
+        """Keeps the images with the `count` lowest ids.
+
+        Raises:
+            InputError: there are fewer, or none of them has an object.
+        """
+        if count > len(self.ids):
+            raise InputError(f"--overfit {count} is more than the {len(self.ids)} images of {self.source}")
+        if not self._starts[count]:
+            raise InputError(f"--overfit {count}: the first {count} images of {self.source} have no objects")
+        self.ids = self.ids[:count]
+
     def objects_per_image(self) -> Tensor:
         """Returns how many annotations each sample's target is made from, int64 [len(self)]."""
-        return torch.tensor(self._starts).diff()
+        return torch.tensor(self._starts[:len(self.ids) + 1]).diff()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -193,17 +234,9 @@ class DetectionDataset(Dataset):
         return self.transforms(image, target, T.sample_rng(self.seed, int(self._epoch), index))
 
     def _read_image(self, image_id: int) -> Tensor:
-        entry = self.coco.imgs[image_id]
-        path = self.img_folder / entry["file_name"]
-        try:
-            image, size = read_image(path)
-        except UnreadableImage as error:
-            raise InputError(f"{error} (image id {image_id} of {self.source})") from error
-        annotated = (entry.get("height", size[0]), entry.get("width", size[1]))
-        if annotated != size:
-            raise InputError(
-                f"image file {path} is {size[1]}x{size[0]} pixels, but image id {image_id} of {self.source} says "
-                f"{annotated[1]}x{annotated[0]}")
+        image, problem = read_labelled_image(self.img_folder, self.coco.imgs[image_id], self.source)
+        if problem:
+            raise InputError(problem.sentence)
         return image
 
     def _pack_annotations(self) -> tuple[dict[str, Tensor], list[int]]:
@@ -245,15 +278,13 @@ class DetectionDataset(Dataset):
 
     def _masks(self, image_id: int, height: int, width: int) -> Tensor:
         """Draws the masks of an image's objects, bool [n, height, width]."""
-        masks = np.zeros((0, height, width), dtype=bool)
-        for annotation in filter(self._is_target, self.coco.imgToAnns[image_id]):
-            try:
-                mask = decode_segmentation(annotation["segmentation"], height, width)
-                masks = np.concatenate([masks, mask[None]])
-            except Exception as error:  # pycocotools raises plain Exception, and others of its C code, on bad input
-                raise InputError(
-                    f"annotation id {annotation['id']} (image id {image_id}) of {self.source} has a segmentation that "
-                    f"cannot be drawn on {width}x{height} pixels ({error})") from error
+        annotations = list(filter(self._is_target, self.coco.imgToAnns[image_id]))
+        masks = np.zeros((len(annotations), height, width), dtype=bool)
+        for mask, annotation in zip(masks, annotations):
+            drawn, problem = draw_segmentation(annotation, self.source, height, width)
+            if problem:
+                raise InputError(problem.sentence)
+            mask[:] = drawn
         return torch.from_numpy(masks)
 
 
@@ -298,11 +329,20 @@ def read_ground_truth(ann_file: str | os.PathLike) -> dict:
     Raises:
         InputError: the file is missing, not JSON, or lacks one of the lists of a COCO file.
     """
-    path = Path(ann_file)
+    return _read_json(*_version(Path(ann_file)))
+
+
+def _version(path: Path) -> tuple[Path, int, int]:
+    """A file with what tells its versions apart."""
     if not path.is_file():
         raise InputError(f"annotation file {path} does not exist")
     status = path.stat()
-    return _read_json(path, status.st_mtime_ns, status.st_size)
+    return path, status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=4)
+def _read_categories(path: Path, modified: int, size: int) -> tuple[dict, ...]:
+    return tuple(_read_json(path, modified, size)["categories"])
 
 
 @functools.lru_cache(maxsize=2)
@@ -316,7 +356,7 @@ def _read_json(path: Path, modified: int, size: int) -> dict:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise InputError(f'annotation file {path} is not in COCO format: it has no list "{name}"')
     for category in content["categories"]:
-        if not isinstance(category, dict) or not _is_count(category.get("id")):
+        if not isinstance(category, dict) or not is_count(category.get("id")):
             raise InputError(f"annotation file {path} has a category without an id >= 0: {category}")
     return content
 
@@ -345,7 +385,8 @@ def check_ground_truth(
 ) -> None:
     """Checks every image and annotation, and fills in absent `iscrowd` (0) and `area` (that of the box).
 
-    A box that lies wholly outside its image is only reported: its object is left out, as everywhere in DETR.
+    Boxes that lie wholly outside their image or have no area are only reported: their objects are left out, as
+    everywhere in DETR.
 
     Args:
         ground_truth: COCO dict, changed in place.
@@ -356,107 +397,77 @@ def check_ground_truth(
     Raises:
         InputError: names the first image or annotation that is wrong.
     """
-    images = _check_images(ground_truth["images"], source)
-    categories = set(class_names(ground_truth))
-    seen: set[int] = set()
-    outside = []
+    passed = raise_first(ground_truth_problems(ground_truth, source, num_classes, need_masks))
     for annotation in ground_truth["annotations"]:
-        if not isinstance(annotation, dict) or not _is_count(annotation.get("id")):
-            raise InputError(f"{source} has an annotation without an id >= 0: {str(annotation)[:200]}")
-        image_id = annotation.get("image_id")
-        where = f"annotation id {annotation['id']} of {source}"
-        if not _is_count(image_id) or image_id not in images:
-            raise InputError(f"{where} belongs to image id {image_id}, which is not in the file")
-        image = images[image_id]
-        where = f"annotation id {annotation['id']} (image {image['file_name']}) of {source}"
-        if annotation["id"] in seen:
-            raise InputError(f"{where} is not the only annotation with this id")
-        seen.add(annotation["id"])
-        _check_category(annotation, categories, num_classes, where)
-        _check_box(annotation, where)
-        if need_masks and not isinstance(annotation.get("segmentation"), (list, dict)):
-            raise InputError(f"{where} has no segmentation, which --masks needs")
-        if _is_outside(annotation["bbox"], image):
-            outside.append(where)
-    if outside:
-        print_main(f"{len(outside)} boxes lie outside their images and are left out, the first is {outside[0]}")
+        fill_in(annotation)
+    report_left_out(passed)
 
 
-def _check_images(images: list, source: str | os.PathLike) -> dict[int, dict]:
-    """Returns the image entries by id."""
-    by_id: dict[int, dict] = {}
-    for image in images:
-        if not isinstance(image, dict) or not _is_count(image.get("id")):
-            raise InputError(f"{source} has an image without an id >= 0: {str(image)[:200]}")
-        if not isinstance(image.get("file_name"), str):
-            raise InputError(f"image id {image['id']} of {source} has no file_name")
-        if image["id"] in by_id:
-            raise InputError(f"image id {image['id']} occurs twice in {source}")
-        by_id[image["id"]] = image
-    if not by_id:
-        raise InputError(f"{source} lists no images")
-    return by_id
+def fill_in(entry: dict) -> None:
+    """Gives an annotation or segment the `iscrowd` (0) and `area` (that of its box) that it lacks."""
+    entry.setdefault("iscrowd", 0)
+    entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
 
 
-def _check_category(annotation: dict, categories: set[int], num_classes: int, where: str) -> None:
-    category = annotation.get("category_id")
-    if not _is_count(category) or category not in categories:
-        raise InputError(f"{where} has category_id {category}, which is not among the categories of the file")
-    if category >= num_classes:
-        raise InputError(f"{where} has category_id {category}, but the model has {num_classes} classes (--num_classes)")
+def report_left_out(problems: list[Problem]) -> None:
+    """Says how many objects no target will show, and which is the first; likewise of panoptic images."""
+    for kind, what in (("box_outside", "boxes lie outside their images"), ("box_empty", "boxes have no area"),
+                       ("annotation_entry", "images have no annotation")):
+        found = [problem for problem in problems if problem.kind == kind]
+        if found:
+            print_main(f"{len(found)} {what} and are left out, the first is {found[0].where}")
 
 
-def _check_box(annotation: dict, where: str) -> None:
-    box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        raise InputError(f"{where} has the box {box}, not four finite numbers")
-    if box[2] < 0 or box[3] < 0:
-        raise InputError(f"{where} has the box {box} with a negative width or height")
-    if not _is_number(annotation.setdefault("area", box[2] * box[3])):
-        raise InputError(f"{where} has the area {annotation['area']}, not a finite number")
-    annotation.setdefault("iscrowd", 0)
-
-
-def _is_outside(box: list[float], image: dict) -> bool:
-    x, y, width, height = box
-    below_or_right = x >= image.get("width", math.inf) or y >= image.get("height", math.inf)
-    return width > 0 and height > 0 and (below_or_right or x + width <= 0 or y + height <= 0)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def index_ground_truth(ground_truth: dict) -> COCO:
-    """Makes the pycocotools object of a COCO dict, without its chatter."""
-    coco = COCO()
+def index_ground_truth(ground_truth: dict, coco: COCO | None = None) -> COCO:
+    """Makes the pycocotools object of a COCO dict, without its chatter; `coco` may be an empty one to fill."""
+    coco = coco or COCO()
     coco.dataset = ground_truth
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
 
 
-def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Draws a segmentation: a list of polygons, or run lengths (compressed or not), as bool [height, width]."""
-    if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        encoded = mask_codec.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
-        return mask_codec.decode(encoded).astype(bool)
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-    if not polygons:
-        return np.zeros((height, width), dtype=bool)
-    return mask_codec.decode(mask_codec.frPyObjects(polygons, height, width)).any(axis=2)
+def image_folder(image_set: str, args: argparse.Namespace) -> Path:
+    """Returns the image folder of an image set: `--{train,val}_images`, or COCO's own in `coco_path`.
+
+    Raises:
+        InputError: nothing says where it is.
+    """
+    folder = locate(args, "coco_path", f"{image_set}_images", f"{image_set}2017")
+    if folder is None:
+        raise InputError("--coco_path is needed, the folder that holds annotations/, train2017/ and val2017/, or "
+                         f"--{image_set}_images and --{image_set}_annotations")
+    return folder
+
+
+def locate(args: argparse.Namespace, root_flag: str, flag: str, usual: str) -> Path | None:
+    """Finds out where a part of a data set lies.
+
+    Args:
+        args: parsed flags.
+        root_flag: the flag of the folder that paths are relative to.
+        flag: the flag that may name this part, absolute or relative to that folder.
+        usual: the part's name in COCO's layout.
+
+    Returns:
+        The path, which may not exist; None if neither flag is given.
+
+    Raises:
+        InputError: the folder of `root_flag` doesn't exist.
+    """
+    root, given = getattr(args, root_flag, None), getattr(args, flag, None)
+    if root and not Path(root).is_dir():
+        raise InputError(f"--{root_flag} {root} does not exist")
+    return Path(root or "", given or usual) if root or given else None
+
+
+def _ann_file(image_set: str, args: argparse.Namespace) -> Path | None:
+    return locate(args, "coco_path", f"{image_set}_annotations", f"annotations/instances_{image_set}2017.json")
 
 
 def _paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
     """Returns the image folder and the annotation file of an image set."""
-    if not args.coco_path:
-        raise InputError("--coco_path is needed: the folder that holds annotations/, train2017/ and val2017/")
-    root = Path(args.coco_path)
-    if not root.is_dir():
-        raise InputError(f"--coco_path {root} does not exist")
-    return root / f"{image_set}2017", root / "annotations" / f"instances_{image_set}2017.json"
+    folder, ann_file = image_folder(image_set, args), _ann_file(image_set, args)
+    if ann_file is None:
+        raise InputError(f"--{image_set}_annotations is needed with --{image_set}_images, or --coco_path")
+    return folder, ann_file

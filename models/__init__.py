@@ -1,6 +1,6 @@
 """The detectors. `build_model(args)` is the one place where flags become a model with its loss and post-processing."""
 import argparse
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 from torch import nn
@@ -9,21 +9,33 @@ from models.backbone import build_backbone
 from models.criterion import SetCriterion, weights_for_layers
 from models.detr import DETR, PostProcess
 from models.matcher import HungarianMatcher
+from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from models.transformer import build_transformer
 from models.updetr import UPDETR
 from util import recipes
 from util.errors import InputError
 
 # Highest label + 1 where no annotations have been read; `main.py` reads them.
-NUM_CLASSES = {"coco": 91, "voc": 21}
+NUM_CLASSES = {"coco": 91, "coco_panoptic": 250, "voc": 21}
+LAST_COCO_THING = 90  # COCO's panoptic categories up to this id are things, those above are stuff
 PATCH_CLASSES = 2  # UP-DETR's labels: 1 for a patch; 0 is unused, 2 (no object) comes on top
 
 
-def build_model(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module, Dict[str, nn.Module]]:
+def coco_is_thing_map(num_classes: int) -> Dict[int, bool]:
+    """Which of COCO's panoptic classes are things."""
+    return {label: label <= LAST_COCO_THING for label in range(num_classes)}
+
+
+def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]] = None
+                ) -> Tuple[nn.Module, nn.Module, Dict[str, nn.Module]]:
     """Build what the flags describe, on `args.device`; flags left open are resolved first (see `util.recipes`).
 
+    Args:
+        args: the flags.
+        is_thing_map: for panoptic segmentation, whether each class is a thing or stuff; COCO's if not given.
+
     Returns:
-        the model, its criterion, and the post-processors by kind of result ("bbox").
+        the model, its criterion, and the post-processors by kind of result: "bbox", "segm" with masks, and "panoptic".
 
     Raises:
         InputError: if flags contradict each other.
@@ -45,9 +57,19 @@ def build_model(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module, Dict[st
     else:
         num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]
         model = DETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
+    postprocessors: Dict[str, nn.Module] = {"bbox": PostProcess()}
+    if args.masks:
+        model = DETRsegm(model, freeze_detr=bool(args.frozen_weights), softmax_per_head=args.mask_softmax == "per_head",
+                         map_channels=backbone[0].finer_channels)
+        losses.append("masks")
+        # As published, these weights stand under the earlier layers' names too, although those predict no masks.
+        weights.update(loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
+        postprocessors["segm"] = PostProcessSegm()
+        if args.dataset_file == "coco_panoptic":
+            postprocessors["panoptic"] = PostProcessPanoptic(is_thing_map or coco_is_thing_map(num_classes))
     matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou,
                                args.num_queries // args.num_patches if pretraining and args.match_within_group else None)
     num_layers = args.dec_layers if args.aux_loss else 1
     criterion = SetCriterion(num_classes, matcher, weights_for_layers(weights, num_layers), args.eos_coef, losses)
     device = torch.device(args.device)
-    return model.to(device), criterion.to(device), {"bbox": PostProcess()}
+    return model.to(device), criterion.to(device), postprocessors

@@ -95,6 +95,8 @@ class BackboneBase(nn.Module):
         self.body = ResNetBody(backbone, last_layer, num_maps=depth if return_interm_layers else 1)
         self.body.to(memory_format=torch.channels_last)  # faster convolutions, equal up to rounding
         self.num_channels = num_channels
+        # Of layer3, layer2, layer1, each half of the next deeper one's: what a mask head refines its masks with.
+        self.finer_channels = [num_channels // 2 ** (depth - level) for level in (3, 2, 1)]
 
     def forward(self, tensor_list: NestedTensor) -> Dict[str, NestedTensor]:
         """Images [B, 3, H, W] with mask -> feature maps with masks, keyed "0", "1", … from the shallowest returned."""
@@ -198,10 +200,11 @@ def load_backbone_weights(body: ResNetBody, source: str, name: str) -> None:
 def build_backbone(args: argparse.Namespace) -> Joiner:
     """Backbone, its weights and the position encoding, as the flags say.
 
-    The backbone's weights are not looked for when a checkpoint that holds them is about to be loaded.
+    With `--masks` it returns the maps of all layers. Its weights are not looked for when a checkpoint that holds them
+    is about to be loaded.
     """
-    backbone = Backbone(args.backbone, train_backbone=args.lr_backbone > 0, return_interm_layers=False,
+    backbone = Backbone(args.backbone, train_backbone=args.lr_backbone > 0, return_interm_layers=bool(args.masks),
                         dilation=args.dilation, last_layer=args.backbone_last_layer)
-    if not (args.resume or args.pretrain):
+    if not (args.resume or args.pretrain or args.frozen_weights):
         load_backbone_weights(backbone.body, args.load_backbone, args.backbone)
     return Joiner(backbone, build_position_encoding(args))

@@ -2,11 +2,12 @@
 
 The losses of all decoder layers are computed together, on tensors whose first dimension is the layer.
 """
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
 from models.matcher import HungarianMatcher, Matching
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
@@ -25,14 +26,14 @@ def weights_for_layers(weights: Dict[str, float], num_layers: int) -> Dict[str, 
 
 
 class SetCriterion(nn.Module):
-    """DETR's loss, with UP-DETR's feature reconstruction.
+    """DETR's loss, with that of masks and UP-DETR's feature reconstruction.
 
     Args:
         num_classes: highest label + 1; the class index of "no object".
         matcher: assigns targets to queries.
         weight_dict: weight of each reported loss; the total is the weighted sum over the names in it.
         eos_coef: weight of the no-object class in the classification loss (other classes: 1).
-        losses: which of "labels", "boxes", "cardinality", "feature" to compute.
+        losses: which of "labels", "boxes", "cardinality", "masks", "feature" to compute.
 
     Raises:
         ValueError: for a loss of another name.
@@ -55,7 +56,7 @@ class SetCriterion(nn.Module):
 
     def _losses(self) -> Dict[str, Callable[..., Dict[str, Tensor]]]:
         return {"labels": self.loss_labels, "boxes": self.loss_boxes, "cardinality": self.loss_cardinality,
-                "feature": self.loss_feature}
+                "masks": self.loss_masks, "feature": self.loss_feature}
 
     def forward(self, outputs: Dict[str, Any], targets: Sequence[Dict[str, Tensor]]) -> Dict[str, Tensor]:
         """Losses of a batch.
@@ -63,7 +64,7 @@ class SetCriterion(nn.Module):
         Args:
             outputs: `pred_logits` [B, N, C + 1], `pred_boxes` [B, N, 4] and what the losses need besides; `aux_outputs`
                 may hold the same of the earlier layers.
-            targets: for each image `labels` int64 [n], `boxes` cxcywh [n, 4] in 0..1.
+            targets: for each image `labels` int64 [n], `boxes` cxcywh [n, 4] in 0..1; `masks` bool [n, H, W] for them.
 
         Returns:
             scalar tensors by name; figures of earlier layers end in `_0`, `_1`, ….
@@ -76,6 +77,8 @@ class SetCriterion(nn.Module):
                    for name in ("pred_logits", "pred_boxes", "pred_feature") if name in outputs}
         if "gt_feature" in outputs:
             stacked["gt_feature"] = outputs["gt_feature"].float()
+        if "pred_masks" in outputs:
+            stacked["pred_masks"] = outputs["pred_masks"][None]  # of the last layer only
         matching = self.matcher.match_layers(stacked["pred_logits"], stacked["pred_boxes"], targets)
         classes = self._target_classes(stacked["pred_logits"], targets, matching)
         num_boxes, class_weight = self._normalisers(classes, targets)
@@ -118,6 +121,19 @@ class SetCriterion(nn.Module):
         present = torch.tensor([len(target["labels"]) for target in targets]).to(logits.device, non_blocking=True)
         return {"cardinality_error": (found - present).abs().float().mean(1)}
 
+    def loss_masks(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]], matching: Matching, *,
+                   num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
+        """`loss_mask`, `loss_dice` [1]: focal loss (mean over pixels) and 1 - Dice coefficient, summed over pairs, per
+        object (sec. 4.4), of the last layer only. Masks are enlarged to the targets' size; padding is background."""
+        predicted = stacked["pred_masks"][0, matching.image[-1], matching.query[-1]].float()
+        expected = _padded_masks(targets)[matching.target[-1]].float().flatten(1)
+        size = _padded_size(targets)
+        predicted = F.interpolate(predicted[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+        focal = sigmoid_focal_loss(predicted, expected, alpha=0.25, gamma=2).mean(1).sum()
+        inside = predicted.sigmoid()
+        dice = 1 - (2 * (inside * expected).sum(1) + 1) / (inside.sum(1) + expected.sum(1) + 1)
+        return {"loss_mask": focal[None] / num_boxes, "loss_dice": dice.sum()[None] / num_boxes}
+
     def loss_feature(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]], matching: Matching, *,
                      num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
         """`loss_feature` [L]: squared distance of the L2-normalised reconstructed and true patch features, per patch
@@ -147,3 +163,15 @@ class SetCriterion(nn.Module):
         if self.training:
             sums = reduce_sum(sums) / get_world_size()
         return sums[0].clamp(min=1), sums[1:]
+
+
+def _padded_size(targets: Sequence[Dict[str, Tensor]]) -> Tuple[int, int]:
+    """Height and width of the batch, which images without objects tell as well: their masks are [0, H, W]."""
+    return max(target["masks"].shape[1] for target in targets), max(target["masks"].shape[2] for target in targets)
+
+
+def _padded_masks(targets: Sequence[Dict[str, Tensor]]) -> Tensor:
+    """Masks of all objects of the batch, bool [T, H, W], padded like their images."""
+    height, width = _padded_size(targets)
+    masks = [target["masks"] for target in targets]
+    return torch.cat([F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1])) for mask in masks])

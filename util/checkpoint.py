@@ -19,6 +19,7 @@ from util.errors import InputError
 torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath])
 
 DOWNLOAD_TIMEOUT_S = 30
+MASKED = "detr."  # precedes the names of a detector that has a mask head
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,64})\.")
 # How torch's weights-only loader says that a pickle names something it would have to import or call.
 NOT_PLAIN = re.compile(r"Unsupported (global|class)|unsupported GLOBAL|unrecognized function", re.IGNORECASE)
@@ -151,13 +152,26 @@ def describe_kind(state: Dict[str, Tensor]) -> str:
     if "patch2query.weight" in state:
         return "an UP-DETR pre-training model"
     if any(name.startswith("mask_head.") for name in state):
-        return "a DETR with a mask head"
+        detector = detector_of(state)
+        return "a DETR with a mask head" if detector is state else describe_kind(detector) + " and a mask head"
     if any(name.startswith("transformer.level_embed") for name in state):
         return "a Deformable DETR"
     if "transformer.decoder.norm.weight" in state:
         norm = "pre" if "transformer.encoder.norm.weight" in state else "post"
-        return f"a {norm}-norm DETR with {len(state['class_embed.weight']) - 1} classes" if "class_embed.weight" in state else "a DETR"
+        return f"a {norm}-norm DETR with {num_outputs(state) - 1} classes" if num_outputs(state) else "a DETR"
     return "something else than a detector"
+
+
+def num_outputs(state: Dict[str, Tensor]) -> int:
+    """How many classes a detector tells apart, no object included; 0 for other models."""
+    return len(detector_of(state).get("class_embed.weight", ()))
+
+
+def detector_of(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The tensors of the detector inside a model with a mask head, named as in the detector alone; those of another
+    model as they are."""
+    inner = {name.removeprefix(MASKED): value for name, value in state.items() if name.startswith(MASKED)}
+    return inner or state
 
 
 def load_model_strictly(model: nn.Module, checkpoint: Dict[str, Any], location: str) -> None:
@@ -179,7 +193,8 @@ def load_model_strictly(model: nn.Module, checkpoint: Dict[str, Any], location: 
 def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str) -> Dict[str, List[str]]:
     """Start a training from another model's weights: load what fits by name and shape, and say what didn't.
 
-    The patch classes of an UP-DETR pre-training never enter another kind of model, whatever their shape.
+    A detector finds its place in a model with a mask head, and the other way round. The patch classes of an UP-DETR
+    pre-training never enter another kind of model, whatever their shape.
 
     Returns:
         names of tensors `loaded`, `skipped` (in the checkpoint, not used) and `missed` (in the model, not filled).
@@ -189,19 +204,38 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str)
     """
     state, own = model_state(checkpoint, location), model.state_dict()
     pretext_only = "patch2query.weight" in state and "patch2query.weight" not in own
+    state = _named_like(own, state)
     fits = {name: value for name, value in state.items()
-            if name in own and own[name].shape == value.shape and not (pretext_only and name.startswith("class_embed."))}
+            if name in own and own[name].shape == value.shape and not (pretext_only and _is_class_head(name))}
     report = {"loaded": sorted(fits), "skipped": sorted(set(state) - set(fits)), "missed": sorted(set(own) - set(fits))}
     if not fits:
         raise InputError(f"--pretrain {location} holds {describe_kind(state)}; none of its tensors fits {describe_kind(own)}")
-    if any(name.startswith("backbone.") for name in report["missed"]):
+    if any(_is_backbone(name) for name in report["missed"]):
         raise InputError(f"--pretrain {location} doesn't fill the backbone (first missing: "
-                         f"{next(name for name in report['missed'] if name.startswith('backbone.'))}); "
+                         f"{next(name for name in report['missed'] if _is_backbone(name))}); "
                          "is --backbone the one that it was trained with?")
     model.load_state_dict(fits, strict=False)
     for outcome in ("loaded", "skipped", "missed"):
         print_main(f"pretrain: {outcome} {len(report[outcome])} tensors{_summary(report[outcome], outcome)}")
     return report
+
+
+def _named_like(own: Dict[str, Tensor], state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The tensors of a model with a mask head under the names of one without where `own` is such, and the reverse."""
+    masked, wanted = (any(name.startswith(MASKED) for name in names) for names in (state, own))
+    if masked and not wanted:
+        return {name.removeprefix(MASKED): value for name, value in state.items()}
+    if wanted and not masked:
+        return {MASKED + name: value for name, value in state.items()}
+    return state
+
+
+def _is_class_head(name: str) -> bool:
+    return name.removeprefix(MASKED).startswith("class_embed.")
+
+
+def _is_backbone(name: str) -> bool:
+    return name.removeprefix(MASKED).startswith("backbone.")
 
 
 def _summary(names: List[str], outcome: str) -> str:

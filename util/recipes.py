@@ -12,7 +12,8 @@ Default = Union[Any, Callable[[argparse.Namespace], Any]]
 
 _LABELLED: Dict[str, Default] = {
     "epochs": 300, "lr_drop": 200, "lr_backbone": 1e-5, "eos_coef": 0.1, "num_workers": 2,
-    "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False,
+    "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False, "masks": False,
+    "mask_loss_coef": 1.0, "dice_loss_coef": 1.0, "mask_softmax": "joint",
 }
 
 
@@ -20,6 +21,7 @@ _LABELLED: Dict[str, Default] = {
 # Values: DETR's and UP-DETR's published programs; no-match weight M/N: UP-DETR, sec. 4.1.
 RECIPES: Dict[str, Dict[str, Default]] = {
     "coco": _LABELLED,
+    "coco_panoptic": _LABELLED,
     "voc": _LABELLED,
     "imagenet": {
         "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
@@ -29,19 +31,28 @@ RECIPES: Dict[str, Dict[str, Default]] = {
         "eos_coef": lambda args: args.num_patches / args.num_queries,
     },
 }
-NAMES = {"coco": "DETR on COCO-format data", "voc": "DETR on Pascal VOC", "imagenet": "UP-DETR pre-training"}
+NAMES = {"coco": "DETR on COCO-format data", "coco_panoptic": "DETR on COCO-format panoptic data",
+         "voc": "DETR on Pascal VOC", "imagenet": "UP-DETR pre-training"}
 
 # Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
 FLAGS_OF = {
-    "coco_path": ("coco",), "voc_path": ("voc",), "remove_difficult": ("voc",), "num_classes": ("coco", "voc"),
+    "coco_path": ("coco", "coco_panoptic"), "coco_panoptic_path": ("coco_panoptic",), "voc_path": ("voc",),
+    "remove_difficult": ("voc",), "num_classes": ("coco", "coco_panoptic", "voc"),
+    **{name: ("coco", "coco_panoptic") for name in (
+        "masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")},
+    **{name: ("coco", "coco_panoptic") for name in (
+        "train_images", "train_annotations", "val_images", "val_annotations")},
     **{name: ("imagenet",) for name in (
         "imagenet_path", "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
         "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
-    **{name: ("coco", "voc") for name in ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
+    **{name: ("coco", "coco_panoptic", "voc") for name in (
+        "train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size")
-REQUIRED_PATH = {"coco": "coco_path", "voc": "voc_path", "imagenet": "imagenet_path"}
+                "dec_layers", "patch_size", "overfit")
+OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
+REQUIRED_PATHS = {"coco": ("coco_path",), "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
+                  "imagenet": ("imagenet_path",)}
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -53,7 +64,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         InputError: if flags contradict each other or don't belong to this training.
     """
     if args.dataset_file is None:
-        args.dataset_file = "imagenet" if args.imagenet_path else "voc" if args.voc_path else "coco"
+        args.dataset_file = _dataset_of_path(args)
     if not getattr(args, "resolved", False):
         for name, datasets in FLAGS_OF.items():
             if getattr(args, name) is not None and args.dataset_file not in datasets:
@@ -77,6 +88,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def _dataset_of_path(args: argparse.Namespace) -> str:
+    given = [name for name, paths in REQUIRED_PATHS.items() if getattr(args, paths[-1])]
+    return given[-1] if given else "coco"
+
+
 def _check_values(args: argparse.Namespace) -> None:
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
@@ -84,6 +100,11 @@ def _check_values(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value} must be at least 1")
     if args.hidden_dim % 4 or args.hidden_dim % args.nheads:
         raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 4 and of --nheads {args.nheads}")
+    for name in OF_MASKS:
+        if getattr(args, name) is not None and not args.masks:
+            raise InputError(f"--{name} has no effect without --masks")
+    if args.frozen_weights and args.pretrain:
+        raise InputError(f"--pretrain {args.pretrain} has no effect with --frozen_weights, which fills the detector")
     if args.tensorboard and (args.eval or not args.output_dir):
         raise InputError("--tensorboard writes down a training in --output_dir; "
                          + ("--eval doesn't train" if args.eval else "that flag is missing"))
@@ -92,11 +113,13 @@ def _check_values(args: argparse.Namespace) -> None:
 
 
 def require_data(args: argparse.Namespace) -> None:
-    """Raise InputError unless the flag that says where the data set lies was given."""
-    flag = REQUIRED_PATH[args.dataset_file]
-    if not getattr(args, flag):
-        raise InputError(f"--{flag} is missing: where is the data set? (--coco_path, --voc_path, or --imagenet_path for "
-                         "pre-training)")
+    """Raise InputError unless the flags that say where the data set lies were given."""
+    if args.train_annotations or args.val_annotations:
+        return  # files named one by one: the data sets say what else they need
+    for flag in REQUIRED_PATHS[args.dataset_file]:
+        if not getattr(args, flag):
+            raise InputError(f"--{flag} is missing: where is the data set? (--coco_path, --voc_path, or "
+                             "--imagenet_path for pre-training)")
 
 
 def _available_cpus() -> int:

@@ -27,6 +27,7 @@ class TrainingState:
     class_names: Dict[int, str] = field(default_factory=dict)
     epoch: int = 0
     best: Optional[float] = None
+    is_thing_map: Dict[int, bool] = field(default_factory=dict)
 
     def save(self, args: argparse.Namespace, epoch: int, file_names: list) -> None:
         """Write the state after `epoch` under each name in `args.output_dir`. All processes must call it."""
@@ -38,6 +39,7 @@ class TrainingState:
             "lr_scheduler": self.lr_scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": epoch,
             "args": {name: _plain(value) for name, value in vars(args).items()},
             "random_states": random_states, "best": self.best, "class_names": self.class_names,
+            "is_thing_map": self.is_thing_map,
         }
         for name in file_names:
             save_checkpoint(checkpoint, os.path.join(args.output_dir, name))

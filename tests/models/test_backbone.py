@@ -195,10 +195,10 @@ def test_weights_go_to_the_backbone_of_the_model(resnet18_state, tmp_path, tiny_
     assert torch.equal(model.backbone[0].body.layer3[0].conv1.weight, resnet18_state["layer3.0.conv1.weight"])
 
 
-@pytest.mark.parametrize("flag", ["resume", "pretrain"])
+@pytest.mark.parametrize("flag", ["resume", "pretrain", "frozen_weights"])
 def test_a_checkpoint_that_replaces_the_backbone_triggers_no_load(flag, tiny_args, tmp_path):
     """The source of the weights doesn't even exist, which would be an error if it were looked for."""
     missing = str(tmp_path / "missing.pth")
     with pytest.raises(InputError, match="--load_backbone .*missing.pth: no such file"):
         build_model(tiny_args(load_backbone=missing))
-    build_model(tiny_args(load_backbone=missing, **{flag: "checkpoint.pth"}))
+    build_model(tiny_args(load_backbone=missing, masks=flag == "frozen_weights", **{flag: "checkpoint.pth"}))

@@ -171,6 +171,104 @@ def test_feature_loss_takes_each_image_and_layer_its_own():
         assert losses[name].item() == value(total / 4)
 
 
+def mask_outputs(masks, boxes):
+    """Outputs with mask logits [N][h][w]; all queries are as sure of class 0, so that boxes decide the matching."""
+    outputs = outputs_of([[[0.8, 0.1, 0.1]] * len(boxes)], [boxes])
+    outputs["pred_masks"] = torch.tensor([masks]).requires_grad_()
+    return outputs
+
+
+def with_masks(target, masks):
+    return {**target, "masks": torch.tensor(masks, dtype=torch.bool)}
+
+
+NEAR, FAR = [0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]
+
+
+def test_mask_losses_by_hand():
+    """Logits of 0 or log 3 on 2 x 2 pixels: probabilities 1/2 and 3/4. The target covers the upper row."""
+    sure = math.log(3)
+    outputs = mask_outputs([[[9.0, 9.0], [9.0, 9.0]], [[sure, 0.0], [0.0, -sure]]], [FAR, NEAR])
+    target = with_masks(target_of([0], [NEAR]), [[[1, 1], [0, 0]]])
+    losses = make_criterion(losses=("masks",))(outputs, [target])
+    # Inside with p = 3/4 and 1/2: 0.25 (1 - p)² (-log p). Outside with p = 1/2 and 1/4: 0.75 p² (-log(1 - p)).
+    focal = [0.25 * 0.25 ** 2 * -math.log(0.75), 0.25 * 0.5 ** 2 * math.log(2),
+             0.75 * 0.5 ** 2 * math.log(2), 0.75 * 0.25 ** 2 * -math.log(0.75)]
+    assert losses["loss_mask"].item() == value(sum(focal) / 4)
+    # Overlap 3/4 + 1/2; areas 2 of both, and 1 is added above and below.
+    assert losses["loss_dice"].item() == value(1 - (2 * 1.25 + 1) / (2 + 2 + 1))
+    losses["loss_dice"].backward()
+    assert (outputs["pred_masks"].grad[0, 0] == 0).all(), "an unmatched query's mask is nobody's"
+    assert (outputs["pred_masks"].grad[0, 1] != 0).all()
+
+
+def test_masks_are_enlarged_to_the_padded_batch():
+    """Two images of 4 x 2 and 2 x 4 pixels in a batch of 4 x 4; what lies in the padding counts as background."""
+    outputs = mask_outputs([[[2.0, -3.0], [1.0, 0.5]]], [NEAR])
+    outputs = {name: torch.cat([tensor, tensor]).detach() for name, tensor in outputs.items()}
+    tall, wide = [[[1, 1], [1, 1], [1, 0], [0, 0]]], [[[1, 1, 1, 1], [0, 0, 0, 1]]]
+    targets = [with_masks(target_of([0], [NEAR]), mask) for mask in (tall, wide)]
+    losses = make_criterion(losses=("masks",))(outputs, targets)
+    larger = torch.nn.functional.interpolate(outputs["pred_masks"][:1], size=(4, 4), mode="bilinear")[0, 0].flatten()
+    dice = entropy = 0.0
+    for row in ([1, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]):
+        for logit, inside in zip(larger.tolist(), row):
+            p = 1 / (1 + math.exp(-logit))
+            p, weight = (p, 0.25) if inside else (1 - p, 0.75)
+            entropy += weight * (1 - p) ** 2 * -math.log(p) / 16
+        overlap = sum(p for p, inside in zip(larger.sigmoid().tolist(), row) if inside)
+        dice += 1 - (2 * overlap + 1) / (larger.sigmoid().sum().item() + sum(row) + 1)
+    assert losses["loss_mask"].item() == value(entropy / 2), "two objects"
+    assert losses["loss_dice"].item() == value(dice / 2)
+
+
+def test_masks_of_a_batch_without_any_object():
+    outputs = mask_outputs([[[1.0, 2.0], [3.0, 4.0]]], [NEAR])
+    target = {**target_of([], []), "masks": torch.zeros(0, 7, 5, dtype=torch.bool)}
+    losses = make_criterion(losses=("labels", "boxes", "masks"))(outputs, [target])
+    assert losses["loss_mask"].item() == losses["loss_dice"].item() == 0
+    (losses["loss_mask"] + losses["loss_dice"]).backward()
+    assert (outputs["pred_masks"].grad == 0).all(), "present, for DDP, and zero"
+
+
+def mask_layers(num_layers=3, sizes=(2, 0, 5)):
+    """Random outputs of several layers, masks with the last of them, and targets of images of several sizes."""
+    layers, targets = random_layers(num_layers, sizes)
+    generator = torch.Generator().manual_seed(9)
+    for i, target in enumerate(targets):
+        target["masks"] = torch.rand(sizes[i], 16 + i, 20 - i, generator=generator) > 0.5
+    masks = 4 * torch.randn(len(sizes), 6, 5, 5, generator=generator)
+    return {**layers[-1], "pred_masks": masks, "aux_outputs": layers[:-1]}, targets
+
+
+def test_masks_are_compared_for_the_last_layer_only():
+    outputs, targets = mask_layers()
+    losses = make_criterion(num_classes=4, losses=("labels", "masks"))(outputs, targets)
+    assert {name for name in losses if "mask" in name or "dice" in name} == {"loss_mask", "loss_dice"}
+    del outputs["aux_outputs"]
+    alone = make_criterion(num_classes=4, losses=("labels", "masks"))(outputs, targets)
+    torch.testing.assert_close(losses["loss_mask"], alone["loss_mask"])
+
+
+def test_mask_losses_wait_for_the_device_only_at_the_matching(host_reads):
+    outputs, targets = mask_layers()
+    with host_reads:
+        make_criterion(num_classes=4, losses=("labels", "boxes", "masks"))(outputs, targets)
+    assert not host_reads.waited
+
+
+def test_mask_losses_are_float32_under_autocast():
+    outputs, targets = mask_layers(num_layers=1)
+    halves = {name: tensor.bfloat16() for name, tensor in outputs.items() if name != "aux_outputs"}
+    criterion = make_criterion(num_classes=4, losses=("masks",))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = criterion(halves, targets)
+    expected = criterion({name: tensor.float() for name, tensor in halves.items()}, targets)
+    for name in ("loss_mask", "loss_dice"):
+        assert losses[name].dtype == torch.float32
+        torch.testing.assert_close(losses[name], expected[name])
+
+
 def test_box_losses_pass_gradcheck():
     """Numerical against analytic derivatives in float64, for overlapping, nested and disjoint boxes."""
     criterion = make_criterion()
@@ -207,5 +305,5 @@ def test_losses_are_float32_under_autocast():
 
 
 def test_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match="unknown losses dice; known are labels, boxes, cardinality, feature"):
+    with pytest.raises(ValueError, match="unknown losses dice; known are labels, boxes, cardinality, masks, feature"):
         make_criterion(losses=("labels", "dice"))

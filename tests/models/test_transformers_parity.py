@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
-from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, ResNetConfig
+from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss, ImageLoss
+from transformers.loss.loss_for_object_detection import HungarianMatcher as TheirMatcher
 
 from models import build_model
 from util.misc import nested_tensor_from_tensor_list
@@ -171,3 +172,93 @@ def test_losses_of_every_layer(tiny_args):
     for name in expected:
         torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sum(losses[name] * weight for name, weight in criterion.weight_dict.items()), total)
+
+
+# Masks.
+
+MASKS_RENAMED = [
+    (r"^mask_head\.lay([12])\.", r"mask_head.conv\1.conv."),
+    (r"^mask_head\.gn([12])\.", r"mask_head.conv\1.norm."),
+    (r"^mask_head\.lay([345])\.", lambda m: f"mask_head.fpn_stages.{int(m[1]) - 3}.refine.conv."),
+    (r"^mask_head\.gn([345])\.", lambda m: f"mask_head.fpn_stages.{int(m[1]) - 3}.refine.norm."),
+    (r"^mask_head\.adapter(\d)\.", lambda m: f"mask_head.fpn_stages.{int(m[1]) - 1}.fpn_adapter."),
+    (r"^mask_head\.out_lay\.", "mask_head.output_conv."),
+    (r"^bbox_attention\.([qk])_linear\.", r"bbox_attention.\1_proj."),
+]
+# Before version 5 their mask head had our names for most layers.
+OLD_NAMES = [(r"^mask_head\.", "mask_head."), (r"^bbox_attention\.", "bbox_attention.")]
+
+
+@torch.no_grad()
+def randomise_masks(model, images):
+    """Attention that differs between queries and is seen in the masks beside what the backbone's maps bring in."""
+    generator = torch.Generator().manual_seed(4)
+    head, attention = model.mask_head, model.bbox_attention
+    for module in head.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+            module.bias.normal_(0, 0.3, generator=generator)
+    features = model.detr.backbone(nested_tensor_from_tensor_list(images))[0]
+    for adapter, feature in zip((head.adapter1, head.adapter2, head.adapter3), features[-2::-1]):
+        adapter.weight *= 0.1 / adapter(feature.tensors).std()
+    attention.q_linear.weight *= 6
+    head.lay1.weight[:, head.dim:] *= 200
+
+
+@pytest.fixture(params=["resnet18", "resnet50"])
+def segmentation_pair(request, tiny_args, images):
+    """Our model with masks, and theirs with the same weights."""
+    torch.manual_seed(0)
+    args = tiny_args(backbone=request.param, masks=True, nheads=8)
+    model = build_model(args)[0]
+    randomise(model.detr, images)
+    randomise_masks(model, images)
+    config = hugging_face_detr(args).config
+    config.backbone_config.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    theirs = DetrForSegmentation(config)
+    copy_weights(model.detr, theirs.detr)
+    head = {name: value for name, value in model.state_dict().items() if not name.startswith("detr.")}
+    their_head = {name for name in theirs.state_dict() if not name.startswith("detr.")}
+    renamed = MASKS_RENAMED if any("fpn_stages" in name for name in their_head) else OLD_NAMES
+    for pattern, replacement in renamed:
+        head = {re.sub(pattern, replacement, name): value for name, value in head.items()}
+    assert set(head) == their_head
+    theirs.load_state_dict(head, strict=False)
+    return model.eval(), theirs.eval()
+
+
+def test_masks(segmentation_pair, images):
+    ours, theirs = segmentation_pair
+    batch = nested_tensor_from_tensor_list(images)
+    with torch.no_grad():
+        out = ours(batch)
+        expected = theirs(batch.tensors, pixel_mask=(~batch.mask).long())
+    assert out["pred_masks"].std(1).mean() > 0.02, "the queries' masks must differ for this to mean anything"
+    torch.testing.assert_close(out["pred_logits"], expected.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(out["pred_masks"], expected.pred_masks, rtol=1e-3, atol=1e-3)
+
+
+def test_losses_of_masks(tiny_args):
+    """Targets of two sizes and an image without objects; all losses and their weighted sum."""
+    args = tiny_args(masks=True, dec_layers=3)
+    criterion = build_model(args)[1].eval()
+    config = hugging_face_detr(args).config
+    config.auxiliary_loss = True
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(3, 3, 12, 6, generator=generator)
+    boxes = 0.2 + 0.3 * torch.rand(3, 3, 12, 4, generator=generator)
+    masks = 3 * torch.randn(3, 12, 6, 8, generator=generator)
+    targets = [{"labels": torch.randint(0, 5, (n,), generator=generator),
+                "boxes": 0.1 + 0.4 * torch.rand(n, 4, generator=generator),
+                "masks": torch.rand(n, height, width, generator=generator) > 0.5}
+               for n, height, width in ((2, 24, 20), (4, 16, 32), (0, 10, 10))]
+    losses = criterion({"pred_logits": logits[2], "pred_boxes": boxes[2], "pred_masks": masks,
+                        "aux_outputs": [{"pred_logits": logits[i], "pred_boxes": boxes[i]} for i in range(2)]}, targets)
+    labels = [{"class_labels": target["labels"], **target} for target in targets]
+    # Their loss function as a whole asks for masks of every layer, which even their model doesn't predict.
+    criterion_of_theirs = ImageLoss(matcher=TheirMatcher(class_cost=1, bbox_cost=5, giou_cost=2), num_classes=5,
+                                    eos_coef=0.1, losses=["labels", "boxes", "cardinality", "masks"])
+    expected = criterion_of_theirs({"logits": logits[2], "pred_boxes": boxes[2], "pred_masks": masks}, labels)
+    for name in expected:
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert {"loss_mask", "loss_dice"} <= set(expected)

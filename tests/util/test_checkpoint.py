@@ -302,7 +302,8 @@ def test_a_bare_state_dict_is_a_model():
 def models(tiny_args):
     """Tiny models of each kind."""
     kinds = {"detr": {}, "pre_norm": dict(pre_norm=True), "other_classes": dict(num_classes=7),
-             "updetr": dict(pretraining=True, pre_norm=True), "cut": dict(backbone_last_layer="layer3")}
+             "updetr": dict(pretraining=True, pre_norm=True), "cut": dict(backbone_last_layer="layer3"),
+             "masks": dict(masks=True)}
     built = {}
 
     def get(kind):
@@ -318,6 +319,7 @@ def test_kinds_of_models_in_words(models):
     words = {kind: describe_kind(models(kind).state_dict()) for kind in ("detr", "pre_norm", "other_classes", "updetr")}
     assert words == {"detr": "a post-norm DETR with 5 classes", "pre_norm": "a pre-norm DETR with 5 classes",
                      "other_classes": "a post-norm DETR with 7 classes", "updetr": "an UP-DETR pre-training model"}
+    assert describe_kind(models("masks").state_dict()) == "a post-norm DETR with 5 classes and a mask head"
     assert describe_kind({"mask_head.lay1.weight": torch.zeros(1)}) == "a DETR with a mask head"
     assert describe_kind({"transformer.level_embed": torch.zeros(1)}) == "a Deformable DETR"
     assert describe_kind({"weight": torch.zeros(1)}) == "something else than a detector"
@@ -328,10 +330,12 @@ def test_kinds_of_models_in_words(models):
     ("detr", "pre_norm", "2 tensors differ, first transformer.encoder.norm.weight"),
     ("updetr", "pre_norm", r"\d+ tensors differ, first patch2query.weight; to start a fine-tuning from it use "
                            "--pretrain"),
+    ("detr", "masks", r"\d+ tensors differ, first detr.transformer.encoder.layers.0.self_attn.in_proj_weight"),
     ("pre_norm", "updetr", r"\d+ tensors differ, first patch2query.weight")])
 def test_loading_strictly_refuses_any_difference(models, held, wanted, difference):
     words = {"detr": "a post-norm DETR with 5 classes", "pre_norm": "a pre-norm DETR with 5 classes",
-             "other_classes": "a post-norm DETR with 7 classes", "updetr": "an UP-DETR pre-training model"}
+             "other_classes": "a post-norm DETR with 7 classes", "updetr": "an UP-DETR pre-training model",
+             "masks": "a post-norm DETR with 5 classes and a mask head"}
     message = f"^a.pth holds {words[held]} but the flags describe {words[wanted]}: {difference}$"
     with pytest.raises(InputError, match=message):
         load_model_strictly(models(wanted), {"model": models(held).state_dict()}, "a.pth")
@@ -363,6 +367,24 @@ def test_fine_tuning_starts_from_whatever_fits(models, tiny_args, capsys):
 def test_a_detector_with_other_classes_gives_all_but_its_class_head(models, tiny_args):
     report = load_pretrained(build_model(tiny_args())[0], {"model": models("other_classes").state_dict()}, "a.pth")
     assert report["missed"] == report["skipped"] == ["class_embed.bias", "class_embed.weight"]
+
+
+@pytest.mark.parametrize("start, missed", [("updetr", ["class_embed.bias", "class_embed.weight"]), ("pre_norm", [])])
+def test_masks_start_from_a_detector(models, tiny_args, start, missed):
+    """All of it finds its place under `detr.`, except for the patch classes of a pre-training; the mask head is new."""
+    model = build_model(tiny_args(masks=True, pre_norm=True))[0]
+    state = models(start).state_dict()
+    report = load_pretrained(model, {"model": state}, "a.pth")
+    own = model.state_dict()
+    head = [name for name in own if not name.startswith("detr.")]
+    assert head and report["missed"] == sorted(head + [f"detr.{name}" for name in missed])
+    assert all(torch.equal(own[name], state[name.removeprefix("detr.")]) for name in report["loaded"])
+
+
+def test_a_detector_starts_from_a_model_with_masks(models, tiny_args):
+    report = load_pretrained(build_model(tiny_args())[0], {"model": models("masks").state_dict()}, "a.pth")
+    assert report["missed"] == []
+    assert {name.split(".")[0] for name in report["skipped"]} == {"bbox_attention", "mask_head"}
 
 
 def test_continuing_a_pre_training_keeps_its_classes(models, tiny_args):

@@ -21,25 +21,28 @@ def resolved(*flags):
 
 
 @pytest.mark.parametrize("flags, dataset", [((), "coco"), (("--coco_path", "x"), "coco"), (("--voc_path", "x"), "voc"),
-                                            (("--imagenet_path", "x"), "imagenet"), (("--dataset_file", "voc"), "voc")])
+                                            (("--imagenet_path", "x"), "imagenet"), (("--dataset_file", "voc"), "voc"),
+                                            (("--coco_path", "x", "--coco_panoptic_path", "y"), "coco_panoptic")])
 def test_the_path_tells_the_training(flags, dataset):
     assert resolved(*flags).dataset_file == dataset
 
 
 LABELLED = dict(epochs=300, lr_drop=200, lr=1e-4, lr_backbone=1e-5, eos_coef=0.1, weight_decay=1e-4, clip_max_norm=0.1,
-                load_backbone="supervised", num_queries=100, bbox_loss_coef=5, giou_loss_coef=2)
+                load_backbone="supervised", num_queries=100, bbox_loss_coef=5, giou_loss_coef=2, masks=False,
+                mask_loss_coef=1, dice_loss_coef=1, mask_softmax="joint")
 PRETRAINING = dict(epochs=60, lr_drop=40, lr=1e-4, lr_backbone=1e-4, eos_coef=0.1, load_backbone="swav", num_patches=10,
                    num_queries=100, feature_recon=False, fre_cnn=False, query_shuffle=False, match_within_group=False,
                    patch_size=128, min_patch=8)
 
 
-@pytest.mark.parametrize("dataset, expected", [("coco", LABELLED), ("voc", LABELLED), ("imagenet", PRETRAINING)])
+@pytest.mark.parametrize("dataset, expected", [("coco", LABELLED), ("coco_panoptic", LABELLED), ("voc", LABELLED),
+                                               ("imagenet", PRETRAINING)])
 def test_published_defaults(dataset, expected):
     args = resolved("--dataset_file", dataset)
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("dataset", ["coco", "voc"])
+@pytest.mark.parametrize("dataset", ["coco", "coco_panoptic", "voc"])
 def test_flags_of_pre_training_stay_unset_elsewhere(dataset):
     args = resolved("--dataset_file", dataset)
     names = ("num_patches", "feature_recon", "fre_cnn", "patch_size", "imagenet_path")
@@ -89,12 +92,33 @@ def test_resolving_twice_changes_nothing(flags):
     ("coco", ("--feature_recon",), "--feature_recon has no effect with --dataset_file coco; it belongs to imagenet"),
     ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet"),
     ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
-    ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco"),
+    ("voc", ("--train_images", "x"),
+     "--train_images has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
+    ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco and "
+     "coco_panoptic"),
     ("imagenet", ("--num_classes", 3),
-     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and voc")])
+     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc"),
+    ("coco", ("--coco_panoptic_path", "x"),
+     "--coco_panoptic_path has no effect with --dataset_file coco; it belongs to coco_panoptic"),
+    ("voc", ("--masks",), "--masks has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
+    ("imagenet", ("--dice_loss_coef", 1),
+     "--dice_loss_coef has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic")])
 def test_a_flag_of_another_training_is_refused(dataset, flags, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         resolved("--dataset_file", dataset, *flags)
+
+
+@pytest.mark.parametrize("flags", [("--frozen_weights", "x.pth"), ("--mask_loss_coef", 1), ("--dice_loss_coef", 2),
+                                   ("--mask_softmax", "per_head")])
+def test_flags_of_masks_need_masks(flags):
+    with pytest.raises(InputError, match=f"^{flags[0]} has no effect without --masks$"):
+        resolved(*flags)
+    assert getattr(resolved("--masks", *flags), flags[0][2:]) == flags[1]
+
+
+def test_a_frozen_detector_is_the_whole_start():
+    with pytest.raises(InputError, match="^--pretrain a.pth has no effect with --frozen_weights, which fills the det"):
+        resolved("--masks", "--frozen_weights", "b.pth", "--pretrain", "a.pth")
 
 
 def test_every_flag_that_belongs_to_some_trainings_exists():
@@ -105,9 +129,10 @@ def test_every_flag_that_belongs_to_some_trainings_exists():
 
 def test_every_flag_left_open_has_a_default_somewhere():
     """A flag whose default is None is filled in by a recipe, or means "none" or "see the data set" by itself."""
-    itself = {"amp", "num_classes", "dataset_file", "coco_path", "voc_path", "imagenet_path", "imagenet_val_path",
+    itself = {"amp", "num_classes", "dataset_file", "coco_path", "coco_panoptic_path", "voc_path", "imagenet_path",
+              "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "local_rank"}
+              "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -148,11 +173,23 @@ def test_tensorboard_follows_a_training_with_a_folder():
         resolved("--tensorboard", "--output_dir", "out", "--eval")
 
 
-@pytest.mark.parametrize("dataset, flag", [("coco", "coco_path"), ("voc", "voc_path"), ("imagenet", "imagenet_path")])
+@pytest.mark.parametrize("dataset, flag", [("coco", "coco_path"), ("coco_panoptic", "coco_path"), ("voc", "voc_path"),
+                                           ("imagenet", "imagenet_path")])
 def test_data_must_be_somewhere(dataset, flag):
     with pytest.raises(InputError, match=f"^--{flag} is missing: where is the data set"):
         recipes.require_data(resolved("--dataset_file", dataset))
     recipes.require_data(resolved(f"--{flag}", "somewhere"))
+
+
+def test_panoptic_data_lies_in_two_places():
+    with pytest.raises(InputError, match="^--coco_panoptic_path is missing: where is the data set"):
+        recipes.require_data(resolved("--dataset_file", "coco_panoptic", "--coco_path", "images"))
+    recipes.require_data(resolved("--coco_path", "images", "--coco_panoptic_path", "annotations"))
+
+
+def test_own_files_are_data_too():
+    recipes.require_data(resolved("--train_images", "a", "--train_annotations", "b.json"))
+    recipes.require_data(resolved("--val_images", "a", "--val_annotations", "b.json", "--eval"))
 
 
 def test_the_start_of_the_log_names_every_value():
@@ -170,11 +207,10 @@ def test_the_start_of_the_log_names_every_value():
 OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone", "--num_classes",
        "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
-       "--crop_size", "--val_size", "--max_size", "--eval_every", "--tensorboard",
-       "--local_rank", "--local-rank"}
-# Flags of the originals for masks, which this program doesn't train.
-ABSENT = {"--frozen_weights": ["x.pth"], "--masks": [], "--mask_loss_coef": ["1"], "--dice_loss_coef": ["1"],
-          "--coco_panoptic_path": ["x"]}
+       "--crop_size", "--val_size", "--max_size", "--eval_every", "--mask_softmax", "--local_rank", "--local-rank",
+       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard"}
+# Flags that an original accepts in a training where they do nothing; here they are refused there.
+WITHOUT_EFFECT = {"updetr_pretrain": {"--mask_loss_coef", "--dice_loss_coef"}}
 RECIPE_FLAGS = {"detr": (), "updetr_finetune": (), "updetr_pretrain": ("--dataset_file", "imagenet")}
 TYPES = {"float": float, "int": int, "str": str, None: str}
 
@@ -185,14 +221,14 @@ def own_flags():
 
 def test_no_flag_came_or_went(original_flags):
     originals = {flag for program in original_flags.values() for flag in program}
-    assert set(own_flags()) == (originals - set(ABSENT)) | OWN
+    assert set(own_flags()) == originals | OWN
 
 
 @pytest.mark.parametrize("program", RECIPE_FLAGS)
 def test_flags_of_the_originals_keep_their_meaning(original_flags, program):
     own, args = own_flags(), resolved(*RECIPE_FLAGS[program])
     for flag, original in original_flags[program].items():
-        if flag in ABSENT:
+        if flag in WITHOUT_EFFECT.get(program, ()):
             continue
         action = own[flag]
         assert action.dest == original["dest"], flag
@@ -207,15 +243,8 @@ def test_flags_of_the_originals_keep_their_meaning(original_flags, program):
         assert getattr(args, action.dest) == (original["default"] if flag != "--remove_difficult" else False), flag
 
 
-@pytest.mark.parametrize("flag", ABSENT)
-def test_flags_that_do_nothing_yet_are_refused(flag, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse(flag, *ABSENT[flag])
-    assert caught.value.code == 2 and f"unrecognized arguments: {flag}" in capsys.readouterr().err
-
-
-def test_panoptic_data_and_shortened_flags_are_refused(capsys):
-    for flags in (("--dataset_file", "coco_panoptic"), ("--lr_back", "1e-5"), ("--imagenet", "x")):
+def test_unknown_data_sets_and_shortened_flags_are_refused(capsys):
+    for flags in (("--dataset_file", "lvis"), ("--lr_back", "1e-5"), ("--imagenet", "x")):
         with pytest.raises(SystemExit):
             parse(*flags)
-    assert "invalid choice: 'coco_panoptic'" in capsys.readouterr().err
+    assert "invalid choice: 'lvis'" in capsys.readouterr().err

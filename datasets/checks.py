@@ -1,0 +1,339 @@
+"""What can be wrong with labelled data: training stops at the first fatal problem, `tools.check_data` lists all."""
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pycocotools import mask as mask_codec
+from torch import Tensor
+
+from datasets.image_io import UnreadableImage, read_image
+from util.errors import InputError
+
+__all__ = [
+    "KINDS", "Fault", "Problem", "category_problems", "decode_segmentation", "draw_segmentation",
+    "ground_truth_problems", "image_entry_problems", "is_box", "is_count", "mask_box_fault", "object_faults",
+    "place_faults", "raise_first", "read_labelled_image",
+]
+
+# Every kind of problem, and what it means.
+KINDS = {
+    "json": "a file is missing, or not what it should be",
+    "image_entry": "an image without a usable id, file name or size",
+    "image_id": "two images with one id",
+    "file_name": "two images with one file",
+    "image_file": "an image that is missing or cannot be decoded",
+    "image_size": "an image file of another size than annotated",
+    "image_small": "an image too small to pre-train on",
+    "category_entry": "a category whose id or name is not its own, or that says neither thing nor stuff",
+    "annotation_entry": "an annotation without a usable id, or of an unknown image",
+    "annotation_id": "two annotations with one id",
+    "category": "an object of an unknown category",
+    "num_classes": "a category beyond the model's classes",
+    "box": "a box that is not four numbers, or has a negative side",
+    "box_empty": "a box without area",
+    "box_outside": "a box outside its image",
+    "box_clipped": "a box that reaches over its image's edge by more than a pixel",
+    "area": "an area that is not a number, or not the segment's",
+    "iscrowd": "a crowd mark that is neither 0 nor 1",
+    "segmentation": "a mask that is missing, empty or cannot be drawn",
+    "mask_box": "a mask and a box that don't match",
+    "stray_pixels": "pixels of a panoptic picture that belong to no segment",
+    "num_queries": "an image with more objects than the model has queries",
+}
+
+# A box may reach over the edge by so many pixels, and miss its mask's by the larger of so many and a share of its side.
+_OVERHANG = 1.0
+_MASK_SLACK, _MASK_SLACK_SHARE = 2.0, 0.1
+
+
+class Fault(NamedTuple):
+    """What is wrong with an entry, whatever file it is in; see `Problem`."""
+
+    kind: str
+    text: str
+    fatal: bool = True
+    cure: dict | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        where: the file and the id.
+        fault: what is wrong there.
+        fatal: whether training refuses it; if not, the object is left out, or only doubtful.
+        image: position in the file's list of images, where it concerns an image.
+        annotation: position in its list of annotations, where it concerns an annotation.
+        segment: position in that annotation's `segments_info`, where it concerns a panoptic segment.
+        cure: fields of the entry that would mend it.
+    """
+
+    kind: str
+    where: str
+    fault: str
+    fatal: bool = True
+    image: int | None = None
+    annotation: int | None = None
+    segment: int | None = None
+    cure: dict | None = None
+
+    @classmethod
+    def of(cls, fault: Fault, where: str, **place: int | None) -> "Problem":
+        """The problem that an entry with this fault is; `place` gives its positions."""
+        return cls(fault.kind, where, fault.text, fault.fatal, cure=fault.cure, **place)
+
+    @property
+    def sentence(self) -> str:
+        """The whole sentence."""
+        return f"{self.where} {self.fault}"
+
+
+def raise_first(problems: Iterable[Problem]) -> list[Problem]:
+    """Raises `InputError` for the first fatal problem; returns the others."""
+    passed = []
+    for problem in problems:
+        if problem.fatal:
+            raise InputError(problem.sentence)
+        passed.append(problem)
+    return passed
+
+
+def ground_truth_problems(
+    ground_truth: dict, source: str | os.PathLike, num_classes: int, need_masks: bool = False
+) -> Iterator[Problem]:
+    """Finds what is wrong in an instances file without looking at the images.
+
+    Args:
+        ground_truth: COCO dict.
+        source: file it comes from, for the sentences.
+        num_classes: category ids must be below this.
+        need_masks: whether every annotation must have a segmentation.
+    """
+    images, problems = image_entry_problems(ground_truth["images"], source)
+    yield from problems
+    yield from category_problems(ground_truth["categories"], source)
+    categories = {category["id"] for category in ground_truth["categories"]}
+    seen: set[int] = set()
+    for position, annotation in enumerate(ground_truth["annotations"]):
+        if not isinstance(annotation, dict) or not is_count(annotation.get("id")):
+            yield Problem("annotation_entry", str(source),
+                          f"has an annotation without an id >= 0: {str(annotation)[:200]}", annotation=position)
+            continue
+        where, image_id = f"annotation id {annotation['id']} of {source}", annotation.get("image_id")
+        if not is_count(image_id) or image_id not in images:
+            yield Problem("annotation_entry", where, f"belongs to image id {image_id}, which is not in the file",
+                          annotation=position)
+            continue
+        image = images[image_id]
+        where = f"annotation id {annotation['id']} (image {image['file_name']}) of {source}"
+        if annotation["id"] in seen:
+            yield Problem("annotation_id", where, "is not the only annotation with this id", annotation=position)
+        seen.add(annotation["id"])
+        for fault in object_faults(annotation, image, categories, num_classes):
+            yield Problem.of(fault, where, annotation=position)
+        if need_masks and not isinstance(annotation.get("segmentation"), (list, dict)):
+            yield Problem("segmentation", where, "has no segmentation, which --masks needs", annotation=position)
+
+
+def image_entry_problems(images: list, source: str | os.PathLike) -> tuple[dict[int, dict], list[Problem]]:
+    """Returns the usable image entries by id, and what is wrong with the others.
+
+    Args:
+        images: the list "images" of a COCO or panoptic file.
+        source: file it comes from, for the sentences.
+    """
+    by_id: dict[int, dict] = {}
+    files: dict[str, int] = {}
+    problems = []
+    for position, image in enumerate(images):
+        if not isinstance(image, dict) or not is_count(image.get("id")):
+            problems.append(Problem("image_entry", str(source), f"has an image without an id >= 0: {str(image)[:200]}",
+                                    image=position))
+            continue
+        where = f"image id {image['id']} of {source}"
+        sides = [image[name] for name in ("width", "height") if name in image]
+        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
+            problems.append(Problem("image_entry", where, "has no file_name", image=position))
+        elif not all(_is_number(side) and side >= 1 and side == int(side) for side in sides):
+            problems.append(Problem("image_entry", where, f"has the size {image.get('width')}x{image.get('height')}, "
+                                    "not two positive whole numbers", image=position))
+        elif image["id"] in by_id:
+            problems.append(Problem("image_id", where, "is not the only image with this id", image=position))
+        else:
+            by_id[image["id"]] = image
+            first = files.setdefault(image["file_name"], image["id"])
+            if first != image["id"]:
+                problems.append(Problem("file_name", where, f"shows the same file {image['file_name']} as image id "
+                                        f"{first}", fatal=False, image=position))
+    if not images:
+        problems.append(Problem("image_entry", str(source), "lists no images"))
+    return by_id, problems
+
+
+def category_problems(categories: list[dict], source: str | os.PathLike) -> Iterator[Problem]:
+    """Finds categories whose id or name another one has."""
+    for field in ("id", "name"):
+        counts = Counter(str(category.get(field, category["id"])) for category in categories)
+        for category in categories:
+            value = str(category.get(field, category["id"]))
+            if counts[value] > 1:
+                yield Problem("category_entry", f"category id {category['id']} of {source}",
+                              f"is not the only category with the {field} {value}", fatal=False)
+
+
+def object_faults(entry: dict, image: dict, categories: set[int], num_classes: int) -> Iterator[Fault]:
+    """Finds what is wrong with an object's category, box, area and crowd mark.
+
+    Args:
+        entry: annotation of an instances file, or segment of a panoptic one.
+        image: the entry of its image.
+        categories: category ids of the file.
+        num_classes: category ids must be below this.
+    """
+    category, box = entry.get("category_id"), entry.get("bbox")
+    if not is_count(category) or category not in categories:
+        yield Fault("category", f"has category_id {category}, which is not among the categories of the file")
+    elif category >= num_classes:
+        yield Fault("num_classes",
+                    f"has category_id {category}, but the model has {num_classes} classes (--num_classes)")
+    yield from box_faults(box, image.get("width"), image.get("height"))
+    if "area" in entry and not _is_number(entry["area"]):
+        area = {"area": box[2] * box[3]} if is_box(box) else None
+        yield Fault("area", f"has the area {entry['area']}, not a finite number", cure=area)
+    if entry.get("iscrowd", 0) not in (0, 1):
+        yield Fault("iscrowd", f"has iscrowd {entry['iscrowd']}, neither 0 nor 1")
+
+
+def box_faults(box: object, width: float | None, height: float | None) -> Iterator[Fault]:
+    """Finds what is wrong with a box [x, y, width, height] in an image of a size in pixels, None where not known."""
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        yield Fault("box", f"has the box {box}, not four finite numbers")
+    elif box[2] < 0 or box[3] < 0:
+        yield Fault("box", f"has the box {box} with a negative width or height")
+    elif box[2] == 0 or box[3] == 0:
+        yield Fault("box_empty", f"has the box {box} without area", fatal=False)
+    elif width is not None and height is not None:
+        yield from place_faults(box, width, height)
+    elif box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
+        yield Fault("box_outside", f"has the box {box} outside its image", fatal=False)
+
+
+def place_faults(box: list[float], width: float, height: float) -> Iterator[Fault]:
+    """Finds whether a box of positive sides lies outside its image or reaches over its edge (see `box_faults`)."""
+    x, y, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    if x >= width or y >= height or right <= 0 or bottom <= 0:
+        yield Fault("box_outside", f"has the box {box} outside its image of {width}x{height} pixels", fatal=False)
+    elif max(-x, -y, right - width, bottom - height) > _OVERHANG:
+        left, top = max(x, 0), max(y, 0)
+        clipped = [left, top, min(right, width) - left, min(bottom, height) - top]
+        yield Fault("box_clipped", f"has the box {box} reaching over the edge of its image of {width}x{height} pixels",
+                    fatal=False, cure={"bbox": clipped})
+
+
+def is_box(box: object) -> bool:
+    """Whether a JSON value is four numbers that make a box, if perhaps an empty one."""
+    return not any(fault.fatal for fault in box_faults(box, None, None))
+
+
+def read_labelled_image(
+    folder: Path, entry: dict, source: str | os.PathLike, position: int | None = None
+) -> tuple[Tensor | None, Problem | None]:
+    """Decodes the image of an entry and compares its size with the one annotated.
+
+    Args:
+        folder: folder that the entry's `file_name` is relative to.
+        entry: image entry of a COCO or panoptic file; without `width` and `height` any size is right.
+        source: that file, for the sentences.
+        position: place of the entry in the file.
+
+    Returns:
+        The image, uint8 [3, H, W], and None; or None and what is wrong.
+    """
+    path = folder / entry["file_name"]
+    try:
+        image, size = read_image(path)
+    except UnreadableImage as error:
+        return None, Problem("image_file", str(error), f"(image id {entry['id']} of {source})", image=position)
+    annotated = (entry.get("height", size[0]), entry.get("width", size[1]))
+    if annotated != size:
+        return None, Problem(
+            "image_size", f"image file {path}", f"is {size[1]}x{size[0]} pixels, but image id {entry['id']} of "
+            f"{source} says {annotated[1]}x{annotated[0]}", image=position)
+    return image, None
+
+
+def draw_segmentation(
+    annotation: dict, source: str | os.PathLike, height: int, width: int, position: int | None = None
+) -> tuple[np.ndarray | None, Problem | None]:
+    """Draws the mask of an annotation.
+
+    Returns:
+        The mask, bool [height, width], and None; or None and what is wrong with it, a fatal problem.
+    """
+    try:
+        return decode_segmentation(annotation["segmentation"], height, width), None
+    except Exception as error:  # pycocotools raises plain Exception, and others of its C code, on bad input
+        return None, Problem(
+            "segmentation", f"annotation id {annotation['id']} (image id {annotation['image_id']}) of {source}",
+            f"has a segmentation that cannot be drawn on {width}x{height} pixels ({error})", annotation=position)
+
+
+def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """Draws a segmentation: a list of polygons, or run lengths (compressed or not), as bool [height, width].
+
+    Raises:
+        ValueError: run lengths for another size or number of pixels; pycocotools raises others for what it can't draw.
+    """
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"it is made for {segmentation['size'][1]}x{segmentation['size'][0]}")
+        counts = segmentation["counts"]
+        if isinstance(counts, list) and sum(counts) != height * width:
+            raise ValueError(f"its run lengths make {sum(counts)} pixels")
+        encoded = mask_codec.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+        return mask_codec.decode(encoded).astype(bool)
+    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+    if not polygons:
+        return np.zeros((height, width), dtype=bool)
+    return mask_codec.decode(mask_codec.frPyObjects(polygons, height, width)).any(axis=2)
+
+
+def mask_box_fault(mask: np.ndarray, box: list[float]) -> Fault | None:
+    """Compares a mask with the box [x, y, width, height] that goes with it.
+
+    Args:
+        mask: bool [H, W].
+        box: in pixels; what reaches over the image's edge is left aside.
+
+    Returns:
+        None if each side of the box lies within 2 pixels, or a tenth of the box's side if that is more, of the mask's.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return Fault("segmentation", "has a segmentation that covers no pixel", fatal=False)
+    drawn = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    corners = np.array([box[0], box[1], box[0] + box[2], box[1] + box[3]])
+    corners = corners.clip(0, np.tile(mask.shape[::-1], 2))
+    slack = np.maximum(_MASK_SLACK, _MASK_SLACK_SHARE * np.tile(corners[2:] - corners[:2], 2))
+    if (np.abs(drawn - corners) <= slack).all():
+        return None
+    x0, y0, x1, y1 = drawn.tolist()
+    return Fault("mask_box", f"has the box {box}, but its mask's is {[x0, y0, x1 - x0, y1 - y0]}", fatal=False)
+
+
+def is_count(value: object) -> bool:
+    """Whether a JSON value is a whole number from 0 up."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

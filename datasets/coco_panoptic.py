@@ -1,0 +1,218 @@
+"""COCO-format panoptic data: things and stuff as segments of every image (Kirillov et al., 2019)."""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_codec
+from pycocotools.coco import COCO
+from torch import Tensor
+
+from datasets.checks import raise_first
+from datasets.coco import (DetectionDataset, check_ground_truth, class_names, image_folder, index_ground_truth, locate,
+                           make_coco_transforms, num_classes_of, read_ground_truth, report_left_out,
+                           training_categories, transform_sizes)
+from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
+from util.distributed import print_main
+from util.errors import InputError
+
+__all__ = ["CocoPanoptic", "build", "is_thing_map", "num_classes_and_names"]
+
+
+def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "CocoPanoptic":
+    """Builds the panoptic data set of `args`.
+
+    Reads `coco_path`, `coco_panoptic_path`, `train_images`, `train_annotations`, `val_images`, `val_annotations` and
+    `masks` where they are there, `eval`, `seed`, `num_classes` and the sizes.
+
+    Boxes of COCO's validation set are evaluated on its objects, as published numbers are, where
+    `annotations/instances_val2017.json` lies in `coco_path`; otherwise on all segments, stuff too.
+
+    Args:
+        image_set: "train" or "val".
+        args: parsed flags.
+        augment: False prepares training images as evaluation does.
+
+    Raises:
+        InputError: something in the folders or the annotations is missing or wrong.
+    """
+    ann_folder, ann_file = _paths(image_set, args)
+    num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
+    transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
+    dataset = CocoPanoptic(image_folder(image_set, args), ann_folder, ann_file, transforms,
+                           getattr(args, "masks", False), seed=args.seed, num_classes=num_classes)
+    if image_set == "val" and args.coco_path and not getattr(args, "val_annotations", None):
+        dataset.instances = _read_instances(Path(args.coco_path) / "annotations" / "instances_val2017.json", dataset)
+    return dataset
+
+
+def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
+    """Reads how many classes a model for `args` needs, things and stuff, from the training annotations.
+
+    Returns:
+        `args.num_classes`, or the highest category id + 1; and the class name of each category id.
+
+    Raises:
+        InputError: the annotations are missing or broken.
+    """
+    ann_file, categories = training_categories(args, _ann_file)
+    return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
+
+
+def is_thing_map(args: argparse.Namespace) -> dict[int, bool]:
+    """Reads which category ids of the training annotations are things (countable objects); the others are stuff.
+
+    Raises:
+        InputError: the annotations are missing or broken.
+    """
+    ann_file, categories = training_categories(args, _ann_file)
+    return is_thing_of(categories, ann_file)
+
+
+class CocoPanoptic(DetectionDataset):
+    """A panoptic data set; samples as in `DetectionDataset`, with an object for every segment, of things and of stuff.
+
+    Boxes and areas are those of the JSON. Crowd segments are not among the targets. Images without annotation are left
+    out.
+
+    Args:
+        img_folder: folder of the images.
+        ann_folder: folder of the PNGs with the segments' ids; looked into only for masks.
+        ann_file: panoptic JSON.
+        transforms: callable `(image, target, rng)`, or None; see `DetectionDataset`.
+        return_masks: whether targets hold `masks`.
+        seed: seed of the run.
+        num_classes: number of classes of the model; None for the highest category id + 1.
+
+    Attributes:
+        coco: the segments as a COCO ground truth, numbered anew from 1, each with its `segment_id`; their masks are
+            read from the PNGs when an evaluation asks for them.
+        instances: another ground truth that boxes and masks are to be evaluated on, or None.
+        coco_panoptic_json: the panoptic JSON, and `coco_panoptic_folder` the folder of the PNGs, for the evaluator.
+
+    Raises:
+        InputError: a folder is missing, or the JSON is missing, broken or wrong. Reading a sample raises it, with file
+            and id, where the image or the PNG is missing, broken or of another size, or a segment has no pixel.
+    """
+
+    def __init__(
+        self,
+        img_folder: str | os.PathLike,
+        ann_folder: str | os.PathLike,
+        ann_file: str | os.PathLike,
+        transforms: Callable | None = None,
+        return_masks: bool = True,
+        *,
+        seed: int = 0,
+        num_classes: int | None = None,
+    ) -> None:
+        if not Path(img_folder).is_dir():
+            raise InputError(f"image folder {img_folder} does not exist")
+        if return_masks and not Path(ann_folder).is_dir():
+            raise InputError(f"folder {ann_folder} of the segments' PNGs does not exist")
+        content = read_panoptic(ann_file)
+        passed = raise_first(panoptic_problems(content, ann_file, num_classes_of(content, ann_file, num_classes)))
+        report_left_out(passed)
+        self.coco_panoptic_json, self.coco_panoptic_folder = Path(ann_file), Path(ann_folder)
+        self.instances: COCO | None = None
+        truth = partial(_index_segments, ann_folder=Path(ann_folder), source=ann_file)
+        super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
+                         index=truth)
+
+    def _masks(self, image_id: int, height: int, width: int) -> Tensor:
+        """Reads the masks of an image's objects, bool [n, height, width]."""
+        ids = torch.from_numpy(self.coco.segment_ids(image_id, (height, width)))
+        segments = [annotation["segment_id"] for annotation in filter(self._is_target, self.coco.imgToAnns[image_id])]
+        masks = ids == torch.tensor(segments, dtype=ids.dtype).view(-1, 1, 1)
+        for segment_id, there in zip(segments, masks.flatten(1).any(1).tolist()):
+            if not there:
+                raise InputError(f"segment id {segment_id} (image id {image_id}) of {self.source} has no pixel in "
+                                 f"{self.coco.segment_file(image_id)}")
+        return masks
+
+
+class _Segments(COCO):
+    """The segments as a ground truth whose masks lie in the PNGs."""
+
+    def __init__(self, ann_folder: Path, source: str | os.PathLike) -> None:
+        super().__init__()
+        self.ann_folder = ann_folder
+        self.source = source
+        self._latest: tuple[int, np.ndarray] | None = None
+
+    def segment_file(self, image_id: int) -> Path:
+        """Returns the PNG of an image."""
+        return self.ann_folder / self.imgs[image_id]["segments_file"]
+
+    def segment_ids(self, image_id: int, size: tuple[int, int] | None) -> np.ndarray:
+        """Decodes the segment ids, int32 [H, W], of an image of `size` (height, width), or of any size for None."""
+        ids, problem = read_segment_ids(self.segment_file(image_id), size, f"image id {image_id} of {self.source}")
+        if problem:
+            raise InputError(problem.sentence)
+        return ids
+
+    def annToRLE(self, ann: dict) -> dict:
+        """Run lengths of a segment's mask, as pycocotools' evaluation wants them: image after image."""
+        image = self.imgs[ann["image_id"]]
+        if self._latest is None or self._latest[0] != image["id"]:
+            size = (image["height"], image["width"]) if {"height", "width"} <= set(image) else None
+            self._latest = image["id"], self.segment_ids(image["id"], size)
+        return mask_codec.encode(np.asfortranarray(self._latest[1] == ann["segment_id"], dtype=np.uint8))
+
+
+def as_ground_truth(content: dict) -> dict:
+    """Turns a checked panoptic file into a COCO dict with an annotation for every segment, numbered from 1.
+
+    Returns:
+        The dict; its images, those that are annotated, hold the PNG's name as `segments_file`.
+    """
+    images = {image["id"]: image for image in content["images"]}
+    kept, annotations = [], []
+    for annotation in content["annotations"]:
+        kept.append({**images[annotation["image_id"]], "segments_file": annotation["file_name"]})
+        for segment in annotation["segments_info"]:
+            box = segment["bbox"]
+            annotations.append({
+                "id": len(annotations) + 1, "segment_id": segment["id"], "image_id": annotation["image_id"],
+                "category_id": segment["category_id"], "bbox": box, "area": segment.get("area", box[2] * box[3]),
+                "iscrowd": segment.get("iscrowd", 0)})
+    return {"images": kept, "annotations": annotations, "categories": content["categories"]}
+
+
+def _index_segments(ground_truth: dict, ann_folder: Path, source: str | os.PathLike) -> COCO:
+    return index_ground_truth(ground_truth, _Segments(ann_folder, source))
+
+
+def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
+    """Reads COCO's own objects of the images of `dataset`, if they are there and belong to it."""
+    if not ann_file.is_file():
+        return None
+    content = read_ground_truth(ann_file)
+    things = {number for number, is_thing in is_thing_of(dataset.coco.dataset, dataset.source).items() if is_thing}
+    if not ({image["id"] for image in content["images"]} >= set(dataset.ids) and set(class_names(content)) <= things):
+        print_main(f"{ann_file} has other images or classes than {dataset.source}: boxes are evaluated on the segments")
+        return None
+    check_ground_truth(content, ann_file, num_classes_of(content, ann_file))
+    return index_ground_truth(content)
+
+
+def _ann_file(image_set: str, args: argparse.Namespace) -> Path | None:
+    return locate(args, "coco_panoptic_path", f"{image_set}_annotations", f"annotations/panoptic_{image_set}2017.json")
+
+
+def _paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
+    """Returns the folder of the PNGs and the panoptic file of an image set.
+
+    The PNGs lie in a folder that is named as the file, beside it, as in COCO's archive, or in `coco_panoptic_path`.
+    """
+    ann_file = _ann_file(image_set, args)
+    if ann_file is None:
+        raise InputError("--coco_panoptic_path is needed, the folder that holds annotations/panoptic_train2017.json "
+                         f"and panoptic_train2017/, or --{image_set}_annotations")
+    beside, root = ann_file.with_suffix(""), getattr(args, "coco_panoptic_path", None)
+    return beside if beside.is_dir() or not root else Path(root, ann_file.stem), ann_file

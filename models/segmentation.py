@@ -1,0 +1,200 @@
+"""Masks on top of DETR: attention maps of the object queries, refined by a small convolutional head (Carion et al.,
+2020, sec. 4.4). Instance and panoptic segmentation use one model; they differ in classes and in post-processing."""
+import math
+from typing import List, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.mask_results import PostProcessPanoptic, PostProcessSegm
+from util.misc import NestedTensor, nested_tensor_from_tensor_list
+
+__all__ = ["AttentionMaps", "DETRsegm", "MaskHead", "PostProcessPanoptic", "PostProcessSegm"]
+
+
+class DETRsegm(nn.Module):
+    """A detector with a mask for each query; `detr.` precedes the detector's names in the state_dict.
+
+    Args:
+        detr: a `DETR` whose backbone returns the maps of all its layers (`return_interm_layers`).
+        freeze_detr: train nothing but the mask head (`--frozen_weights`).
+        softmax_per_head: normalise the attention maps of each head on its own, as UP-DETR's and DETReg's mask models
+            were trained, instead of all heads together, as DETR's were (see `AttentionMaps`).
+        map_channels: channels of the three maps that refine the masks, deepest first; by default those of a ResNet's
+            layer3, layer2 and layer1 below its layer4.
+        min_score: in evaluation, masks are made only for queries whose best class has at least this probability; the
+            other masks are empty. 0 makes all of them, as losses and COCO's measures need.
+
+    Raises:
+        ValueError: if the detector's width is too small for the head.
+    """
+
+    def __init__(self, detr: nn.Module, freeze_detr: bool = False, *, softmax_per_head: bool = False,
+                 map_channels: Optional[Sequence[int]] = None, min_score: float = 0.0) -> None:
+        super().__init__()
+        self.detr = detr
+        if freeze_detr:
+            detr.requires_grad_(False)
+        hidden_dim, num_heads = detr.transformer.d_model, detr.transformer.nhead
+        if map_channels is None:
+            map_channels = [detr.backbone.num_channels // 2 ** level for level in (1, 2, 3)]
+        self.bbox_attention = AttentionMaps(hidden_dim, num_heads, softmax_per_head)
+        self.mask_head = MaskHead(hidden_dim, num_heads, map_channels)
+        self.min_score = float(min_score)
+
+    def forward(self, samples: NestedTensor):
+        """Detect objects and their masks.
+
+        Args:
+            samples: as for `DETR`.
+
+        Returns:
+            what `DETR` returns, and `pred_masks` [B, N, h, w]: logits over the padded image at the resolution of the
+            backbone's layer1 (stride 4).
+        """
+        if isinstance(samples, (list, Tensor)):
+            samples = nested_tensor_from_tensor_list(samples)
+        features: List[NestedTensor] = []
+        for feature in self.detr.backbone[0](samples).values():
+            features.append(feature)
+        src, mask = features[-1].decompose()
+        # Positions of the deepest map only: those of the finer maps would take much memory and serve nothing.
+        position = self.detr.backbone[1](features[-1]).to(src.dtype)
+        projected = self.detr.input_proj(src)
+        decoded, memory = self.detr.transformer(projected, mask, self.detr.query_embed.weight, position)
+        out = self.detr.predictions(decoded)
+        attention = self.bbox_attention(decoded[-1], memory, mask)
+        maps = [features[2].tensors, features[1].tensors, features[0].tensors]
+        if self.training or self.min_score <= 0:
+            out["pred_masks"] = self.mask_head(projected, attention, maps)
+        else:
+            wanted = out["pred_logits"].float().softmax(-1)[:, :, :-1].amax(-1) >= self.min_score
+            out["pred_masks"] = self._some_masks(projected, attention, maps, wanted)
+        return out
+
+    def _some_masks(self, projected: Tensor, attention: Tensor, maps: List[Tensor], wanted: Tensor) -> Tensor:
+        """As `MaskHead.forward`, for the queries that `wanted` (bool [B, N]) names; the other masks are empty."""
+        height, width = maps[-1].shape[-2], maps[-1].shape[-1]
+        # A logit that no threshold lets through, yet finite, since masks are interpolated.
+        masks = torch.full([wanted.shape[0], wanted.shape[1], height, width], -1e4, device=projected.device)
+        for i in range(wanted.shape[0]):
+            queries = wanted[i].nonzero()[:, 0]
+            if len(queries) > 0:
+                mine = [level[i:i + 1] for level in maps]
+                masks[i, queries] = self.mask_head(projected[i:i + 1], attention[i:i + 1, queries], mine)[0].float()
+        return masks
+
+
+class AttentionMaps(nn.Module):
+    """Where each query looks in the encoder's memory: the weights of a multi-head attention, without its values.
+
+    Args:
+        dim: width of queries and memory; num_heads: number of maps for each query.
+        softmax_per_head: each map sums to one. By default the maps of a query sum to one together: DETR's published
+            mask heads were trained on that. A head trained on one kind of maps gives poor masks with the other.
+    """
+
+    def __init__(self, dim: int, num_heads: int, softmax_per_head: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.softmax_per_head = softmax_per_head
+        self.q_linear = nn.Linear(dim, dim)
+        self.k_linear = nn.Linear(dim, dim)
+        for linear in (self.q_linear, self.k_linear):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, queries: Tensor, memory: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """queries [B, N, d], memory [B, d, h, w], mask bool [B, h, w], True on padding -> [B, N, heads, h, w], 0..1."""
+        height, width = memory.shape[-2], memory.shape[-1]
+        q = self.q_linear(queries).unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
+        k = self.k_linear(memory.flatten(2).transpose(1, 2)).unflatten(-1, [self.num_heads, self.head_dim])
+        scores = ((q * self.head_dim ** -0.5) @ k.permute(0, 2, 3, 1)).transpose(1, 2)
+        if mask is not None:
+            scores = scores.masked_fill(mask.flatten(1)[:, None, None, :], float("-inf"))
+        if self.softmax_per_head:
+            weights = scores.softmax(-1)
+        else:
+            weights = scores.flatten(2).softmax(-1).unflatten(-1, [self.num_heads, height * width])
+        return weights.unflatten(-1, [height, width])
+
+
+class MaskHead(nn.Module):
+    """Five convolutions from attention maps to mask logits; three finer maps of the backbone join in on the way up.
+
+    Args:
+        dim: width of the projected feature map; num_heads: attention maps per query.
+        map_channels: channels of the three finer maps, deepest first.
+        masks_at_once: how many masks of an image are made at a time outside of training; the head's memory is that of
+            so many, however many queries there are.
+
+    Raises:
+        ValueError: if `dim` is less than 16.
+    """
+
+    def __init__(self, dim: int, num_heads: int, map_channels: Sequence[int], masks_at_once: int = 10) -> None:
+        super().__init__()
+        if dim < 16:
+            raise ValueError(f"a mask head needs a width of at least 16 (--hidden_dim), got {dim}")
+        self.dim = dim
+        self.masks_at_once = masks_at_once
+        self.lay1, self.gn1 = _convolution(dim + num_heads, dim + num_heads), _norm(dim + num_heads)
+        self.lay2, self.gn2 = _convolution(dim + num_heads, dim // 2), _norm(dim // 2)
+        self.lay3, self.gn3 = _convolution(dim // 2, dim // 4), _norm(dim // 4)
+        self.lay4, self.gn4 = _convolution(dim // 4, dim // 8), _norm(dim // 8)
+        self.lay5, self.gn5 = _convolution(dim // 8, dim // 16), _norm(dim // 16)
+        self.out_lay = _convolution(dim // 16, 1)
+        self.adapter1 = _convolution(map_channels[0], dim // 2, 1)
+        self.adapter2 = _convolution(map_channels[1], dim // 4, 1)
+        self.adapter3 = _convolution(map_channels[2], dim // 8, 1)
+
+    def forward(self, projected: Tensor, attention: Tensor, maps: List[Tensor]) -> Tensor:
+        """Make the masks of all queries.
+
+        Args:
+            projected: the map that entered the encoder [B, d, h, w].
+            attention: [B, N, heads, h, w].
+            maps: three finer maps of the backbone [B, Ci, Hi, Wi], deepest first.
+
+        Returns:
+            logits [B, N, H3, W3], of the last map's size.
+        """
+        # The first convolution sees (projected map, attention maps). It is linear and the former is the same for all
+        # queries of an image: its share, by far the larger one, is computed once.
+        shared = F.conv2d(projected, self.lay1.weight[:, :self.dim], self.lay1.bias, padding=1)
+        fine = [self.adapter1(maps[0]), self.adapter2(maps[1]), self.adapter3(maps[2])]
+        if self.training:
+            return self._masks(shared, attention, fine)
+        parts = attention.split(self.masks_at_once, dim=1)
+        return torch.cat([self._masks(shared, part, fine) for part in parts], dim=1)
+
+    def _masks(self, shared: Tensor, attention: Tensor, fine: List[Tensor]) -> Tensor:
+        batch = shared.shape[0]
+        own = F.conv2d(attention.flatten(0, 1), self.lay1.weight[:, self.dim:], None, padding=1)
+        x = (own.unflatten(0, [batch, -1]) + shared[:, None]).flatten(0, 1)
+        x = F.relu(self.gn1(x), inplace=True)
+        x = F.relu(self.gn2(self.lay2(x)), inplace=True)
+        x = F.relu(self.gn3(self.lay3(_refine(x, fine[0]))), inplace=True)
+        x = F.relu(self.gn4(self.lay4(_refine(x, fine[1]))), inplace=True)
+        x = F.relu(self.gn5(self.lay5(_refine(x, fine[2]))), inplace=True)
+        return self.out_lay(x).squeeze(1).unflatten(0, [batch, -1])
+
+
+def _refine(x: Tensor, fine: Tensor) -> Tensor:
+    """Maps of all queries [B * N, C, h, w], enlarged, plus their image's finer map [B, C, H, W] -> [B * N, C, H, W]."""
+    larger = F.interpolate(x, size=fine.shape[-2:], mode="nearest").unflatten(0, [fine.shape[0], -1])
+    return (larger + fine[:, None]).flatten(0, 1)
+
+
+def _convolution(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, size, padding=size // 2)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    # Eight groups in every published model; a narrower one may not have channels for as many.
+    return nn.GroupNorm(math.gcd(8, channels), channels)
