@@ -166,9 +166,11 @@ class Evaluation:
 
 
 def _print_per_class(results: Dict[str, Any]) -> None:
-    width = max((len(name) for name in results), default=0)
-    for name, (ap, ap50) in results.items():
-        print_main(f"{name:{width}}  AP {100 * ap:5.1f}  AP50 {100 * ap50:5.1f}")
+    """Print each class's AP and AP50 in percent; "-" for a class without objects."""
+    width = max(map(len, results), default=0)
+    for name, figures in results.items():
+        ap, ap50 = (f"{100 * figure:5.1f}" if figure >= 0 else "    -" for figure in figures)
+        print_main(f"{name:{width}}  AP {ap}  AP50 {ap50}")
 
 
 def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluation: Optional[Evaluation],
