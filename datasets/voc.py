@@ -15,7 +15,7 @@ from util.distributed import print_main
 from util.errors import InputError
 
 __all__ = ["Object", "Picture", "VOC_CLASSES", "VocDetection", "as_coco", "build", "class_problems", "devkit",
-           "find_pictures", "names_of", "num_classes_and_names"]
+           "find_pictures", "names_of", "naming_part", "num_classes_and_names"]
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -72,8 +72,7 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
         InputError: the folder or a file in it is missing or broken.
     """
     root = devkit(args)
-    image_set = "val" if args.eval and not any(path.is_file() for path in _lists("train", root)) else "train"
-    names = _class_names(root, image_set)
+    names = _class_names(root, naming_part(args))
     return args.num_classes or len(names) + 1, dict(enumerate(names, start=1))
 
 
@@ -144,21 +143,33 @@ def class_problems(pictures: Iterable[Picture], names: dict[int, str]) -> Iterat
                               f"has an object of class {item.name!r}, which training lacks")
 
 
+def naming_part(args: argparse.Namespace) -> str:
+    """Returns the image set that the class names come from: "train", or "val" in an evaluation that has no other."""
+    has_training = any(path.is_file() for path in _lists("train", devkit(args)))
+    return "val" if args.eval and not has_training else "train"
+
+
 def _lists(image_set: str, root: Path) -> list[Path]:
     """Returns the paths of the image lists of an image set."""
     return [root / year / "ImageSets" / "Main" / f"{part}.txt" for year, part in _PARTS[image_set]]
 
 
-@functools.lru_cache(maxsize=2)
 def _read_pictures(root: Path, image_set: str) -> tuple[Picture, ...]:
-    """Reads all annotations of an image set; remembered, since their class names are wanted before their boxes."""
+    """Reads all annotations of an image set.
+
+    Raises:
+        InputError: a file is missing or broken.
+    """
     pictures, problems = find_pictures(root, image_set)
     raise_first(problems)
-    return tuple(pictures)
+    return pictures
 
 
-def find_pictures(root: Path, image_set: str) -> tuple[list[Picture], list[Problem]]:
+@functools.lru_cache(maxsize=2)
+def find_pictures(root: Path, image_set: str) -> tuple[tuple[Picture, ...], tuple[Problem, ...]]:
     """Reads the annotations of an image set, and what is wrong with them.
+
+    The result is remembered, since the class names are wanted before the boxes.
 
     Raises:
         InputError: the image lists are missing or empty.
@@ -203,9 +214,9 @@ def _read_picture(folder: Path, name: str, problems: list[Problem]) -> Picture:
     try:
         elements = ElementTree.parse(path).getroot().findall("object")
     except FileNotFoundError:
-        problems.append(Problem("json", f"annotation file {path}", "does not exist"))
+        problems.append(Problem("annotation_entry", f"annotation file {path}", "does not exist"))
     except ElementTree.ParseError as error:
-        problems.append(Problem("json", f"annotation file {path}", f"is not valid XML ({error})"))
+        problems.append(Problem("annotation_entry", f"annotation file {path}", f"is not valid XML ({error})"))
     objects = []
     for element in elements:
         fault = _object_fault(element)
