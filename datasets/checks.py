@@ -31,7 +31,7 @@ KINDS = {
     "image_file": "an image that is missing or cannot be decoded",
     "image_size": "an image file of another size than annotated",
     "image_small": "an image too small to pre-train on",
-    "category_entry": "a category whose id or name is not its own, or that says neither thing nor stuff",
+    "category_entry": "a category whose id or name another one has",
     "annotation_entry": "an annotation without a usable id, or of an unknown image",
     "annotation_id": "two annotations with one id",
     "category": "an object of an unknown category",

@@ -1,4 +1,4 @@
-"""A survey of one part of a data set: what its annotations show to be wrong, what is to be decoded, what it consists of.
+"""A survey of one part of a data set: what its annotations show to be wrong, what is to be decoded, what it holds.
 
 Training stops at the first thing that is wrong; `tools.check_data` shows everything that a survey finds.
 """

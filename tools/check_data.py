@@ -1,6 +1,7 @@
-"""Read a data set as training would and list everything that is wrong with it: `python -m tools.check_data --coco_path DIR`
+"""List everything that is wrong with a data set: `python -m tools.check_data --coco_path DIR`
 
-Checks the annotations, decodes every image, and draws every mask. Each problem is one line with file and id,
+Reads the set as training would: checks the annotations, decodes every image, and draws every mask. Each problem is one
+line with file and id,
 
     error    image_file: image file my_data/train2017/7.jpg does not exist (image id 7 of …/instances_train2017.json)
     warning  box_outside: annotation id 12 (image 9.jpg) of … has the box [700, 5, 20, 10] outside its image of …
@@ -56,7 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_classes", type=int, help="classes of the model (highest training label + 1)")
     parser.add_argument("--num_queries", type=int, help="queries of the model, the most objects it can find "
                         f"({get_training_parser().get_default('num_queries')})")
-    parser.add_argument("--masks", action="store_true", default=None, help="masks will be trained: each object needs one")
+    parser.add_argument("--masks", action="store_true", default=None,
+                        help="masks will be trained: each object needs one")
     parser.add_argument("--ignore", nargs="+", default=[], choices=[kind for kind in KINDS if kind != "json"],
                         metavar="KIND", help="kinds of problems, see below, to leave aside")
     parser.add_argument("--clean", metavar="DIR", help="write copies of the JSON files without what is wrong into this "

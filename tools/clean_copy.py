@@ -37,8 +37,8 @@ def clean(content: Json, problems: Sequence[Problem], masks: bool) -> Tuple[Json
 
     Images and objects that training could not use go, and objects that it would leave out; boxes are clipped to their
     image, wrong areas replaced, and an id that is not the only one renewed (unless the whole entry is a repetition).
-    A segmentation that can't be drawn goes, with its object where masks are trained. What may be right is left as it is:
-    masks that don't match their boxes, many objects, categories beyond the model's classes, repeated names.
+    A segmentation that can't be drawn goes, with its object where masks are trained. What may be right is left as it
+    is: masks that don't match their boxes, many objects, categories beyond the model's classes, repeated names.
 
     Args:
         content: the JSON, left as it is.
@@ -89,7 +89,7 @@ def _is_instance(problem: Problem, entry: Any) -> bool:
 
 
 def _drop(content: Json, dropped: Set[int], done: Counter) -> None:
-    """Take out what is dropped, annotations of images that are no more, and images that lost their only panoptic one."""
+    """Take out what is dropped, annotations of images that are no more, and images without a panoptic annotation."""
     before = {name: len(content[name]) for name in ("images", "annotations")}
     for annotation in content["annotations"]:
         if isinstance(annotation, dict) and isinstance(annotation.get("segments_info"), list):
