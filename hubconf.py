@@ -10,6 +10,7 @@ import typing
 
 import torch
 
+import models
 import models.backbone
 import models.detr
 import models.position_encoding
@@ -41,7 +42,6 @@ _PUBLISHED = {
     "detr_resnet101_panoptic": _Published("resnet101", False, "detr-r101-panoptic-40021d53.pth", 250),
 }
 _WEIGHTS_URL = "https://dl.fbaipublicfiles.com/detr/"  # the digits in a file's name begin its SHA-256, which is checked
-_COCO_THINGS = range(1, 91)  # among COCO's panoptic categories; stuff has ids above
 _NUM_QUERIES = 100
 
 _Module = torch.nn.Module
@@ -171,7 +171,7 @@ def _panoptic(name: str, pretrained: _Weights, num_classes: int, threshold: floa
     _fill_pretrained(model, name, pretrained, num_classes)
     if not return_postprocessor:
         return model
-    is_thing_map = {label: label in _COCO_THINGS for label in range(num_classes)}
+    is_thing_map = {label: label <= models.LAST_COCO_THING for label in range(num_classes)}
     return model, models.segmentation.PostProcessPanoptic(is_thing_map, threshold=threshold)
 
 

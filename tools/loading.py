@@ -8,7 +8,7 @@ from main import get_args_parser
 from models import build_model
 from models.backbone import LAYERS
 from util import recipes
-from util.checkpoint import describe_kind, load_checkpoint, load_model_strictly, model_state
+from util.checkpoint import describe_kind, detector_of, load_checkpoint, load_model_strictly, model_state
 from util.errors import InputError
 
 DETECTOR, PRETRAINED = "coco", "imagenet"  # the --dataset_file whose models they are
@@ -19,6 +19,7 @@ STORED_FLAGS = {
     PRETRAINED: ("nheads", "dilation", "num_patches", "patch_size", "min_patch", "max_patch", "pretrain_sizes",
                  "pretrain_max_size"),
 }
+OF_MASK_HEADS = ("mask_softmax",)
 # Number of residual blocks in layer1 … layer4, and whether they are bottlenecks (three convolutions).
 RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False),
            "resnet50": ((3, 4, 6, 3), True), "resnet101": ((3, 4, 23, 3), True)}
@@ -52,10 +53,11 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
     args.resume = location  # the backbone's weights come with it: none are fetched
     stored = checkpoint.get("args") or {}
     stored = stored if isinstance(stored, dict) else vars(stored)
-    for name in STORED_FLAGS[kind]:
+    told = architecture(state, location)
+    for name in STORED_FLAGS[kind] + (OF_MASK_HEADS if told.get("masks") else ()):
         if stored.get(name) is not None:
             setattr(args, name, stored[name])
-    for name, value in {**given, **architecture(state, location)}.items():
+    for name, value in {**given, **told}.items():
         if value is not None:
             setattr(args, name, value)
     recipes.resolve(args)
@@ -67,7 +69,7 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
 def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
     needed = ("query_embed.weight", "class_embed.weight", "transformer.decoder.norm.weight", "input_proj.weight")
     holds = f"--checkpoint {location} holds {describe_kind(state)}"
-    if any(name not in state for name in needed):
+    if any(name not in detector_of(state) for name in needed):
         raise InputError(f"{holds}; this program shows DETR and UP-DETR models")
     pretrained = "patch2query.weight" in state
     if pretrained and kind == DETECTOR:
@@ -79,11 +81,13 @@ def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
 
 
 def architecture(state: Dict[str, Tensor], location: str) -> Dict[str, Any]:
-    """The flags that the tensors of a DETR or UP-DETR tell.
+    """The flags that the tensors of a DETR, with a mask head or without, or of an UP-DETR tell.
 
     Raises:
         InputError: if its backbone is no ResNet that can be built.
     """
+    masks = any(name.startswith("mask_head.") for name in state)
+    state = detector_of(state)
     num_queries, hidden_dim = state["query_embed.weight"].shape
     told = {
         "num_queries": num_queries, "hidden_dim": hidden_dim,
@@ -98,6 +102,7 @@ def architecture(state: Dict[str, Tensor], location: str) -> Dict[str, Any]:
         told["feature_recon"] = "feature_align.layers.0.weight" in state
     else:
         told["num_classes"] = len(state["class_embed.weight"]) - 1
+        told["masks"] = masks
     return told
 
 
