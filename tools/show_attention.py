@@ -125,7 +125,7 @@ def draw_map(image: Tensor, item: Map) -> Image.Image:
     """The image [3, H, W] in dark grey, the map glowing over it, the box or point, and the text below."""
     glow = torch.from_numpy(pyplot().colormaps["inferno"](item.weights.numpy())[..., :3]).permute(2, 0, 1)
     grey = image.float().mean(0, keepdim=True).expand(3, -1, -1) / 255
-    picture = to_picture(((0.45 * grey * (1 - item.weights) + glow).clamp(0, 1) * 255).byte())
+    picture = to_picture(((0.6 * grey * (1 - item.weights) + glow).clamp(0, 1) * 255).byte())
     scale = CELL / max(picture.size)
     picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")

@@ -10,6 +10,7 @@ from commands import run
 from torch import Tensor, nn
 
 from tools import export
+from tools.export import Program
 from tools.loading import DETECTOR, load_model
 
 INPUTS = [(1, 64, 64), (2, 97, 130), (5, 33, 257)]  # none of them is a size that the tool tries itself
@@ -23,56 +24,72 @@ def fresh_batch(batch: int, height: int, width: int) -> Tuple[Tensor, Tensor]:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch)), mask
 
 
-def run_onnx(path: Path, images: Tensor, mask: Tensor) -> Dict[str, Tensor]:
+def load_onnx(path: Path) -> Tuple[Program, str]:
     """By onnxruntime alone."""
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    assert [entry.name for entry in session.get_inputs()] == ["images", "mask"]
-    return dict(zip(names, map(torch.from_numpy, session.run(names, {"images": images.numpy(), "mask": mask.numpy()}))))
+
+    def run_session(images: Tensor, mask: Tensor) -> Dict[str, Tensor]:
+        outputs = session.run(names, {"images": images.numpy(), "mask": mask.numpy()})
+        return dict(zip(names, map(torch.from_numpy, outputs)))
+
+    return run_session, session.get_modelmeta().custom_metadata_map["detr"]
 
 
-def stored_info(path: Path) -> Dict[str, Any]:
-    """The JSON in the file."""
+def load_torchscript(path: Path) -> Tuple[Program, str]:
     files = {"detr": ""}
-    if path.suffix == ".onnx":
-        import onnxruntime
-
-        return json.loads(onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map["detr"])
-    if path.suffix == ".pt":
-        torch.jit.load(str(path), _extra_files=files)
-    else:
-        torch.export.load(str(path), extra_files=files)
-    return json.loads(files["detr"])
+    return torch.jit.load(str(path), _extra_files=files), files["detr"]
 
 
-PROGRAMS = {"onnx": run_onnx, "torchscript": lambda path, *inputs: torch.jit.load(str(path))(*inputs),
-            "pt2": lambda path, *inputs: torch.export.load(str(path)).module()(*inputs)}
+def load_pt2(path: Path) -> Tuple[Program, str]:
+    files = {"detr": ""}
+    return torch.export.load(str(path), extra_files=files).module(), files["detr"]
 
 
-@pytest.mark.parametrize("form", sorted(PROGRAMS))
-@pytest.mark.parametrize("kind", ["boxes", "masks"])
+# Programs and the JSON in their files, by torch or onnxruntime alone.
+LOADERS = {"onnx": load_onnx, "torchscript": load_torchscript, "pt2": load_pt2}
+KINDS = {"boxes": {"pre_norm": True, "backbone_last_layer": "layer3"}, "masks": {"masks": True}}
+
+
+@pytest.mark.parametrize("form, kind", [("onnx", "boxes"), ("onnx", "masks"), ("pt2", "masks"), ("torchscript", "boxes"),
+                                        ("torchscript", "masks")])
 def test_written_programs_give_what_the_model_gives(form: str, kind: str, save_model: Callable[..., Path], tmp_path: Path,
                                                     run_main: Callable) -> None:
     skip_what_torch_cannot_write(form)
-    changes = {"masks": True} if kind == "masks" else {"pre_norm": True, "backbone_last_layer": "layer3"}
-    checkpoint = save_model("model.pth", class_names={1: "Käse"}, val_size=64, **changes)
+    checkpoint = save_model("model.pth", class_names={1: "Käse"}, val_size=64, enc_layers=1, dec_layers=1, **KINDS[kind])
     path = tmp_path / "new" / f"detr{export.FORMATS[form].ending}"
-    printed = run_main(export, ["--checkpoint", checkpoint, "--format", form, "--output", path])
+    words = ["--checkpoint", checkpoint, "--format", form, "--output", path]
+    printed = run_main(export, words + (["--opset", 18] if form == "onnx" else []))
     assert printed.startswith(f"{path}: ") and "batches of 1 and 3" in printed and "padding included" in printed
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    model = load_model(str(checkpoint), DETECTOR, "cpu").model
+    model = export.PlainDetector(load_model(str(checkpoint), DETECTOR, "cpu").model)
+    program, info = LOADERS[form](path)
     for size in INPUTS:
         images, mask = fresh_batch(*size)
         with torch.no_grad():
-            expected = export.PlainDetector(model)(images, mask)
-            got = PROGRAMS[form](path, images, mask)
+            expected, got = model(images, mask), program(images, mask)
         assert list(got) == list(expected)
         assert ("pred_masks" in got) == (kind == "masks")
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], atol=1e-4, rtol=1e-4)
-    info = stored_info(path)
+    info = json.loads(info)
     assert info["class_names"] == {"1": "Käse"} and info["val_size"] == 64 and info["mean"] == [0.485, 0.456, 0.406]
+    if form == "onnx":
+        assert_onnx_declares(path, kind)
+
+
+def assert_onnx_declares(path: Path, kind: str) -> None:
+    """The operator set that was asked for, and axes under their names."""
+    import onnx
+
+    written = onnx.load(str(path))
+    assert {entry.domain: entry.version for entry in written.opset_import}[""] == 18
+    shapes = {entry.name: [axis.dim_param or axis.dim_value for axis in entry.type.tensor_type.shape.dim]
+              for entry in [*written.graph.input, *written.graph.output]}
+    assert shapes["images"] == ["batch", 3, "height", "width"] and shapes["mask"] == ["batch", "height", "width"]
+    assert shapes["pred_logits"] == ["batch", 12, 6] and shapes["pred_boxes"] == ["batch", 12, 4]
+    assert ("pred_masks" in shapes) == (kind == "masks")
 
 
 def skip_what_torch_cannot_write(form: str) -> None:
@@ -90,21 +107,6 @@ def test_what_is_padded_does_not_count(save_model: Callable[..., Path], tmp_path
     images, mask = fresh_batch(1, 128, 128)
     boxes = program(images, mask)["pred_boxes"]
     assert (program(images, torch.zeros_like(mask))["pred_boxes"] - boxes).abs().max() > 1e-4
-
-
-def test_onnx_opset_and_names(save_model: Callable[..., Path], tmp_path: Path, run_main: Callable) -> None:
-    skip_what_torch_cannot_write("onnx")
-    import onnx
-
-    path = tmp_path / "detr.onnx"
-    run_main(export, ["--checkpoint", save_model("model.pth", enc_layers=1, dec_layers=1), "--format", "onnx", "--output",
-                      path, "--opset", 18])
-    written = onnx.load(str(path))
-    assert {entry.domain: entry.version for entry in written.opset_import}[""] == 18
-    shapes = {entry.name: [axis.dim_param or axis.dim_value for axis in entry.type.tensor_type.shape.dim]
-              for entry in [*written.graph.input, *written.graph.output]}
-    assert shapes == {"images": ["batch", 3, "height", "width"], "mask": ["batch", "height", "width"],
-                      "pred_logits": ["batch", 12, 6], "pred_boxes": ["batch", 12, 4]}
 
 
 # The check itself.

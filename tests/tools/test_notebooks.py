@@ -11,7 +11,7 @@ from PIL import Image
 from commands import ROOT
 
 # How many pictures each makes, and something that it prints.
-EXPECTED = {"detr_attention": (10, "of 6 places"), "updetr_query_patches": (3, "another image's patches: mean IoU")}
+EXPECTED = {"detr_attention": (10, "of 6 places"), "updetr_query_patches": (3, "own patches 0.")}
 NOTEBOOKS = sorted(EXPECTED)
 
 
