@@ -171,8 +171,7 @@ def _panoptic(name: str, pretrained: _Weights, num_classes: int, threshold: floa
     _fill_pretrained(model, name, pretrained, num_classes)
     if not return_postprocessor:
         return model
-    is_thing_map = {label: label <= models.LAST_COCO_THING for label in range(num_classes)}
-    return model, models.segmentation.PostProcessPanoptic(is_thing_map, threshold=threshold)
+    return model, models.segmentation.PostProcessPanoptic(models.coco_is_thing_map(num_classes), threshold=threshold)
 
 
 def _parts(backbone_name: str, dilation: bool = False, pre_norm: bool = False,

@@ -93,6 +93,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--coco_path", help="folder with train2017/, val2017/ and annotations/")
     group.add_argument("--coco_panoptic_path",
                        help="folder with panoptic_train2017/, panoptic_val2017/ and annotations/")
+    for part, words in (("train", "training"), ("val", "validation")):
+        group.add_argument(f"--{part}_images", help=f"folder of the {words} images ({part}2017 in --coco_path)")
+        group.add_argument(f"--{part}_annotations", help=f"COCO-format JSON of the {words} images, relative to "
+                           f"--coco_path (annotations/instances_{part}2017.json; panoptic: --coco_panoptic_path)")
     group.add_argument("--voc_path", help="the VOCdevkit folder, with VOC2007/ and VOC2012/")
     group.add_argument("--imagenet_path", help="folder tree of images to pre-train on")
     group.add_argument("--imagenet_val_path", help="folder tree of held-out images to evaluate a pre-training on")
@@ -113,6 +117,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--pretrain", default="", help="checkpoint (file or URL) whose weights to start from")
     group.add_argument("--start_epoch", default=0, type=int)
     group.add_argument("--eval", action="store_true", help="evaluate only")
+    group.add_argument("--overfit", type=int, metavar="N",
+                       help="prove a set-up: train and evaluate on the first N training images, without augmentation")
     group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations")
     group.add_argument("--world_size", default=1, type=int, help="number of processes; set by the launcher")
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
@@ -177,9 +183,11 @@ class Evaluation:
 
 
 def _print_per_class(results: Dict[str, Any], iou_type: str) -> None:
-    width = max((len(name) for name in results), default=0)
-    for name, (ap, ap50) in results.items():
-        print_main(f"{name:{width}}  {iou_type} AP {100 * ap:5.1f}  AP50 {100 * ap50:5.1f}")
+    """Print each class's AP and AP50 of boxes or masks in percent; "-" for a class without objects."""
+    width = max(map(len, results), default=0)
+    for name, figures in results.items():
+        ap, ap50 = (f"{100 * figure:5.1f}" if figure >= 0 else "    -" for figure in figures)
+        print_main(f"{name:{width}}  {iou_type} AP {ap}  AP50 {ap50}")
 
 
 def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluation: Optional[Evaluation],
@@ -288,10 +296,12 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = read_start(args)
     class_names, things = describe_classes(args, checkpoint)
     print_main(recipes.describe(args))
+    if args.overfit:
+        print_main(f"overfit: training and evaluation see the first {args.overfit} training images, not augmented")
     device = torch.device(args.device)
 
     torch.manual_seed(args.seed)
-    model, criterion, postprocessors = build_model(args, things or None)
+    model, criterion, postprocessors = build_model(args, things)
     optimizer = build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
                           torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch,
@@ -300,7 +310,7 @@ def main(args: argparse.Namespace) -> None:
     initial_weights(state, checkpoint, args)
     del checkpoint  # a training would keep its memory to the end
 
-    held_out = args.dataset_file != "imagenet" or args.imagenet_val_path or args.held_out_share or args.eval
+    held_out = args.dataset_file != "imagenet" or args.imagenet_val_path or args.held_out_share or args.eval or args.overfit
     evaluation = Evaluation(args, criterion, postprocessors) if held_out else None
     if args.eval:
         evaluation.run(model)

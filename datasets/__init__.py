@@ -18,6 +18,8 @@ _DATASETS = {"coco": coco, "coco_panoptic": coco_panoptic, "voc": voc, "imagenet
 def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
     """Builds the data set that `args.dataset_file` ("coco", "coco_panoptic", "voc" or "imagenet") names.
 
+    With `args.overfit` both image sets are the first so many training images, prepared as in evaluation.
+
     Args:
         image_set: "train" or "val".
         args: parsed flags; each module's `build` says which ones it reads.
@@ -25,7 +27,12 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
     Raises:
         InputError: the name is unknown, or the data is missing or wrong.
     """
-    return _module(args).build(image_set, args)
+    count = getattr(args, "overfit", None)
+    if count is None:
+        return _module(args).build(image_set, args)
+    dataset = _module(args).build("train", args, augment=False)
+    dataset.keep_first(count)
+    return dataset
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:

@@ -12,8 +12,9 @@ and gives
     pred_boxes   float32 [B, N, 4], centre x, centre y, width, height in 0..1 of the image without its padding
     pred_masks   float32 [B, N, h, w], logits over the padded image, from a model with a mask head
 
-What else a user must know (class names, sizes to resize to, mean and deviation of the colours) is stored in the file as JSON
-under the key "detr". Once written, the file is loaded again and its outputs are compared with the model's.
+What else a user must know (class names, of a panoptic model which are things, sizes to resize to, mean and deviation of the
+colours) is stored in the file as JSON under the key "detr". Once written, the file is loaded again and its outputs are compared
+with the model's.
 """
 import argparse
 import itertools
@@ -197,8 +198,9 @@ def largest_differences(model: PlainDetector, program: Program) -> Dict[str, flo
 
 def describe(loaded: Loaded) -> str:
     """What a user of the program must know, as JSON."""
-    return json.dumps({"class_names": loaded.class_names, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
-                       "val_size": loaded.args.val_size, "max_size": loaded.args.max_size}, ensure_ascii=False)
+    return json.dumps({"class_names": loaded.class_names, "is_thing": loaded.is_thing_map, "mean": IMAGENET_MEAN,
+                       "std": IMAGENET_STD, "val_size": loaded.args.val_size, "max_size": loaded.args.max_size},
+                      ensure_ascii=False)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -209,6 +211,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", required=True, choices=sorted(FORMATS))
     parser.add_argument("--output", help="file to write (outputs/detr with the format's ending)")
     parser.add_argument("--opset", type=int, help="ONNX: version of the operator set (the exporter's own)")
+    parser.add_argument("--mask_softmax", choices=("joint", "per_head"),
+                        help="of a mask model's attention maps, see main.py (as in the training, else joint)")
     return parser
 
 
@@ -219,7 +223,8 @@ def main(args: argparse.Namespace) -> None:
     require_ending(str(path), [form.ending], "--output")
     if args.opset is not None and args.format != "onnx":
         raise InputError(f"--opset {args.opset} has no effect with --format {args.format}; it belongs to onnx")
-    loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation)
+    loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
+                        mask_softmax=args.mask_softmax)
     model = PlainDetector(loaded.model).eval().requires_grad_(False)
     unchecked = path.with_stem(f"{path.stem}.unchecked")
     try:

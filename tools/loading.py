@@ -5,7 +5,7 @@ from typing import Any, Dict, NamedTuple, Optional, Set
 from torch import Tensor, nn
 
 from main import get_args_parser
-from models import build_model
+from models import NUM_CLASSES, build_model, coco_is_thing_map
 from models.backbone import LAYERS
 from util import recipes
 from util.checkpoint import describe_kind, detector_of, load_checkpoint, load_model_strictly, model_state
@@ -19,18 +19,19 @@ STORED_FLAGS = {
     PRETRAINED: ("nheads", "dilation", "num_patches", "patch_size", "min_patch", "max_patch", "pretrain_sizes",
                  "pretrain_max_size"),
 }
-OF_MASK_HEADS = ("mask_softmax",)
 # Number of residual blocks in layer1 … layer4, and whether they are bottlenecks (three convolutions).
 RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False),
            "resnet50": ((3, 4, 6, 3), True), "resnet101": ((3, 4, 23, 3), True)}
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode on its device, the flags that describe it, and the names of its classes by id."""
+    """A model in evaluation mode on its device, the flags that describe it, and by class id its name and, of a model
+    for panoptic segmentation, whether it is a thing."""
 
     model: nn.Module
     args: argparse.Namespace
     class_names: Dict[int, str]
+    is_thing_map: Dict[int, bool]
 
 
 def load_model(location: str, kind: str, device: Optional[str] = None, **given: Any) -> Loaded:
@@ -53,17 +54,21 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
     args.resume = location  # the backbone's weights come with it: none are fetched
     stored = checkpoint.get("args") or {}
     stored = stored if isinstance(stored, dict) else vars(stored)
-    told = architecture(state, location)
-    for name in STORED_FLAGS[kind] + (OF_MASK_HEADS if told.get("masks") else ()):
+    for name in STORED_FLAGS[kind]:
         if stored.get(name) is not None:
             setattr(args, name, stored[name])
-    for name, value in {**given, **told}.items():
+    for name, value in {**given, **architecture(state, location)}.items():
         if value is not None:
             setattr(args, name, value)
+    if args.masks and args.mask_softmax is None:
+        args.mask_softmax = stored.get("mask_softmax")
     recipes.resolve(args)
     model = build_model(args)[0]
     load_model_strictly(model, checkpoint, location)
-    return Loaded(model.eval(), args, checkpoint.get("class_names") or {})
+    is_thing_map = checkpoint.get("is_thing_map") or {}
+    if args.masks and args.num_classes == NUM_CLASSES["coco_panoptic"] and not is_thing_map:
+        is_thing_map = coco_is_thing_map(args.num_classes)  # the number of classes of the published models alone
+    return Loaded(model.eval(), args, checkpoint.get("class_names") or {}, is_thing_map)
 
 
 def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
@@ -81,15 +86,14 @@ def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
 
 
 def architecture(state: Dict[str, Tensor], location: str) -> Dict[str, Any]:
-    """The flags that the tensors of a DETR, with a mask head or without, or of an UP-DETR tell.
+    """The flags that the tensors of a DETR, with or without masks, or UP-DETR tell.
 
     Raises:
         InputError: if its backbone is no ResNet that can be built.
     """
-    masks = any(name.startswith("mask_head.") for name in state)
-    state = detector_of(state)
+    whole, state = state, detector_of(state)
     num_queries, hidden_dim = state["query_embed.weight"].shape
-    told = {
+    told: Dict[str, Any] = {
         "num_queries": num_queries, "hidden_dim": hidden_dim,
         "dim_feedforward": len(state["transformer.decoder.layers.0.linear1.weight"]),
         "enc_layers": len(_next_parts(state, "transformer.encoder.layers.")),
@@ -102,7 +106,9 @@ def architecture(state: Dict[str, Tensor], location: str) -> Dict[str, Any]:
         told["feature_recon"] = "feature_align.layers.0.weight" in state
     else:
         told["num_classes"] = len(state["class_embed.weight"]) - 1
-        told["masks"] = masks
+    if "mask_head.lay1.weight" in whole:
+        # The head's first convolution sees the projected map and an attention map for each head.
+        told.update(masks=True, nheads=len(whole["mask_head.lay1.weight"]) - hidden_dim)
     return told
 
 
@@ -121,11 +127,10 @@ def _next_parts(state: Dict[str, Tensor], prefix: str) -> Set[str]:
     return {name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)}
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str,
-                         default_device: Optional[str] = None) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str) -> None:
     """The flags that every program which loads a model has; give `given_flags` of them to `load_model`."""
     parser.add_argument("--checkpoint", required=True, metavar="FILE_OR_URL", help=checkpoint_help)
-    parser.add_argument("--device", default=default_device, help=f"({default_device or 'cuda if there is one, else cpu'})")
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
     group = parser.add_argument_group("for checkpoints that hold weights without flags")
     group.add_argument("--nheads", type=int, help="attention heads (8)")
     group.add_argument("--dilation", action="store_true", default=None, help="the backbone is a DC5")

@@ -40,6 +40,8 @@ FLAGS_OF = {
     "remove_difficult": ("voc",), "num_classes": ("coco", "coco_panoptic", "voc"),
     **{name: ("coco", "coco_panoptic") for name in (
         "masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")},
+    **{name: ("coco", "coco_panoptic") for name in (
+        "train_images", "train_annotations", "val_images", "val_annotations")},
     **{name: ("imagenet",) for name in (
         "imagenet_path", "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
         "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
@@ -47,7 +49,7 @@ FLAGS_OF = {
         "train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size")
+                "dec_layers", "patch_size", "overfit")
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 REQUIRED_PATHS = {"coco": ("coco_path",), "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
                   "imagenet": ("imagenet_path",)}
@@ -109,6 +111,8 @@ def _check_values(args: argparse.Namespace) -> None:
 
 def require_data(args: argparse.Namespace) -> None:
     """Raise InputError unless the flags that say where the data set lies were given."""
+    if args.train_annotations or args.val_annotations:
+        return  # files named one by one: the data sets say what else they need
     for flag in REQUIRED_PATHS[args.dataset_file]:
         if not getattr(args, flag):
             raise InputError(f"--{flag} is missing: where is the data set? (--coco_path, --voc_path, or "

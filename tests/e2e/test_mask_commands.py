@@ -55,8 +55,9 @@ def box_model(panoptic, weights_cache, tmp_path_factory):
 def segm_model(panoptic, box_model, tmp_path_factory):
     """The second: a mask head on that, with no backbone to be had from anywhere."""
     out = tmp_path_factory.mktemp("segm_model")
-    run(["main.py", *"--masks --epochs 25 --lr_drop 15".split(), *panoptic, "--frozen_weights", box_model, "--output_dir",
-         out, *SMALL_COCO, *ONE_EPOCH], env={"TORCH_HOME": str(out), "https_proxy": "http://127.0.0.1:9"})
+    run(["main.py", *"--masks --epochs 25 --lr_drop 15".split(), *panoptic, "--frozen_weights", box_model,
+         "--output_dir", out, *SMALL_COCO, *ONE_EPOCH],
+        env={"TORCH_HOME": str(out), "https_proxy": "http://127.0.0.1:9"})
     return out / "checkpoint.pth"
 
 
@@ -114,8 +115,8 @@ def test_instance_segmentation_on_the_same_box_model(toy, box_model, tmp_path):
     assert f"36 classes as in {box_model}; the annotations need 14" in done.stdout
     line = log_line(tmp_path)
     assert len(line["test_coco_eval_masks"]) == 12 and "test_PQ_all" not in line
-    done = run(["main.py", *"--batch_size 1 --no_aux_loss --eval --masks".split(), "--resume", tmp_path / "checkpoint.pth",
-                *coco])
+    done = run(["main.py", *"--batch_size 1 --no_aux_loss --eval --masks".split(), "--resume",
+                tmp_path / "checkpoint.pth", *coco])
     assert len(tables(done)) == 24 and "IoU metric: segm" in done.stdout
 
 
