@@ -199,7 +199,7 @@ def in_new_process(script: str, tmp_path: Path) -> Any:
 
 
 def test_pretrained_models_through_torch_hub(web: Tuple[str, Path], shapes: Callable, tmp_path: Path) -> None:
-    """A detector and a panoptic model: downloaded, their hash checked, every tensor in its place, kept in torch's cache."""
+    """Detectors and a panoptic model: downloaded, the hash checked, every tensor in its place, kept in torch's cache."""
     address, folder = web
     files = {}
     for name, official in (("detr_resnet50", "detr-r50-e632da11.pth"),
@@ -208,21 +208,24 @@ def test_pretrained_models_through_torch_hub(web: Tuple[str, Path], shapes: Call
         digest = hashlib.sha256((folder / "new").read_bytes()).hexdigest()
         files[official] = f"{official[:-12]}{digest[:8]}.pth"
         (folder / "new").rename(folder / files[official])
+    torch.save({"model": numbered(shapes("updetr_finetune"))}, folder / "checkpoint.pth")
     found = in_new_process(f"""
         folder = {str(published_at(address, files, tmp_path / "copy"))!r}
         detector, postprocess = torch.hub.load(folder, "detr_resnet50", source="local", pretrained=True,
                                                return_postprocessor=True)
         panoptic = torch.hub.load(folder, "detr_resnet50_panoptic", source="local", pretrained=True)
         again = torch.hub.load(folder, "detr_resnet50", source="local", pretrained={address + files['detr-r50-e632da11.pth']!r})
-        states = [model.state_dict().items() for model in (detector, panoptic, again)]
+        updetr = torch.hub.load({str(ROOT)!r}, "updetr_resnet50", source="local", checkpoint={address + "checkpoint.pth"!r})
+        states = [model.state_dict().items() for model in (detector, panoptic, again, updetr)]
         print(json.dumps([type(postprocess).__name__,
                           [{{name: [value.min().item(), value.max().item()] for name, value in state}} for state in states]]))
         """, tmp_path)
     assert found[0] == "PostProcess"
-    for name, filled in zip(("detr_resnet50", "detr_resnet50_panoptic", "detr_resnet50"), found[1]):
+    for name, filled in zip(("detr_resnet50", "detr_resnet50_panoptic", "detr_resnet50", "updetr_finetune"), found[1]):
         expected = {key: [value.flatten()[0].item()] * 2 for key, value in numbered(shapes(name)).items()}
         assert filled == expected
-    assert sorted(os.listdir(tmp_path / "cache" / "hub" / "checkpoints")) == sorted(files.values())
+    kept = [*files.values(), "checkpoint.pth", "checkpoint.pth.url"]
+    assert sorted(os.listdir(tmp_path / "cache" / "hub" / "checkpoints")) == sorted(kept)
 
 
 def test_wrong_files_and_no_network_are_told_in_a_sentence(web: Tuple[str, Path], shapes: Callable, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ LOADERS = {"onnx": load_onnx, "torchscript": load_torchscript, "pt2": load_pt2}
 KINDS = {"boxes": {"pre_norm": True, "backbone_last_layer": "layer3"}, "masks": {"masks": True}}
 
 
-@pytest.mark.parametrize("form, kind", [("onnx", "boxes"), ("onnx", "masks"), ("pt2", "masks"), ("torchscript", "boxes"),
+@pytest.mark.parametrize("form, kind", [("onnx", "boxes"), ("onnx", "masks"), ("pt2", "boxes"), ("torchscript", "boxes"),
                                         ("torchscript", "masks")])
 def test_written_programs_give_what_the_model_gives(form: str, kind: str, save_model: Callable[..., Path], tmp_path: Path,
                                                     run_main: Callable) -> None:

@@ -17,14 +17,14 @@ NOTEBOOKS = sorted(EXPECTED)
 
 @pytest.fixture
 def demo(save_model: Callable[..., Path], tmp_path: Path) -> Path:
-    """A folder laid out as the demo's, with tiny models and nine images."""
+    """A folder laid out as the demo's, with tiny models and 28 images."""
     folder = tmp_path / "demo"
     images = folder / "toy" / "coco" / "val2017"
     images.mkdir(parents=True)
     rng = np.random.default_rng(3)
-    for number in range(9):
+    for number in range(28):
         coarse = Image.fromarray(rng.integers(0, 255, (5, 6, 3), dtype=np.uint8))
-        coarse.resize((96, 80), Image.Resampling.BICUBIC).save(images / f"{number}.jpg")
+        coarse.resize((96, 80), Image.Resampling.BICUBIC).save(images / f"{number:02}.jpg")
     for name, saved in (("pretrained", save_model("a.pth", class_names={1: "disc"}, val_size=64)),
                         ("pretrain", save_model("b.pth", pretraining=True, patch_size=32, pretrain_sizes=[64],
                                                 pretrain_max_size=96))):
