@@ -2,8 +2,8 @@
 
     torch.hub.load("path/to/this/folder", "detr_resnet50", source="local", pretrained=True)
 
-Models take a NestedTensor, a tensor [B, 3, H, W] or a list of tensors [3, Hi, Wi], normalised RGB. They come in training
-mode, as modules do in torch: call `eval()` before predicting.
+Models take a NestedTensor, a tensor [B, 3, H, W] or a list of tensors [3, Hi, Wi], normalised RGB. They come in
+training mode, as modules do in torch: call `eval()` before predicting.
 """
 # torch.hub takes every callable without a leading underscore for an entry point: modules are imported here, not names.
 import typing
@@ -53,8 +53,8 @@ def detr_resnet50(pretrained: _Weights = False, num_classes: int = 91, return_po
     """DETR with ResNet-50: 42.0 AP on COCO's validation images (paper, table 1).
 
     Args:
-        pretrained: True for the published weights, which are downloaded once into torch.hub's cache, or the file or URL of
-            a checkpoint.
+        pretrained: True for the published weights, which are downloaded once into torch.hub's cache, or the file or
+            URL of a checkpoint.
         num_classes: highest label + 1; the published weights have 91.
         return_postprocessor: also return what turns outputs into scores, labels and boxes.
 
@@ -67,7 +67,8 @@ def detr_resnet50(pretrained: _Weights = False, num_classes: int = 91, return_po
     return _detector("detr_resnet50", pretrained, num_classes, return_postprocessor)
 
 
-def detr_resnet50_dc5(pretrained: _Weights = False, num_classes: int = 91, return_postprocessor: bool = False) -> _Built:
+def detr_resnet50_dc5(pretrained: _Weights = False, num_classes: int = 91,
+                      return_postprocessor: bool = False) -> _Built:
     """DETR with ResNet-50 at stride 16 (DC5): 43.3 AP on COCO (table 1). Arguments as of `detr_resnet50`."""
     return _detector("detr_resnet50_dc5", pretrained, num_classes, return_postprocessor)
 
@@ -77,7 +78,8 @@ def detr_resnet101(pretrained: _Weights = False, num_classes: int = 91, return_p
     return _detector("detr_resnet101", pretrained, num_classes, return_postprocessor)
 
 
-def detr_resnet101_dc5(pretrained: _Weights = False, num_classes: int = 91, return_postprocessor: bool = False) -> _Built:
+def detr_resnet101_dc5(pretrained: _Weights = False, num_classes: int = 91,
+                       return_postprocessor: bool = False) -> _Built:
     """DETR with ResNet-101 at stride 16 (DC5): 44.9 AP on COCO (table 1). Arguments as of `detr_resnet50`."""
     return _detector("detr_resnet101_dc5", pretrained, num_classes, return_postprocessor)
 
@@ -99,7 +101,7 @@ def detr_resnet50_panoptic(pretrained: _Weights = False, num_classes: int = 250,
 
 def detr_resnet50_dc5_panoptic(pretrained: _Weights = False, num_classes: int = 250, threshold: float = 0.85,
                                return_postprocessor: bool = False) -> _Built:
-    """DETR with ResNet-50 at stride 16 (DC5) and a mask head: 44.6 PQ (table 5). Arguments as of `detr_resnet50_panoptic`."""
+    """DETR with ResNet-50 at stride 16 (DC5) and a mask head: 44.6 PQ (table 5). As `detr_resnet50_panoptic`."""
     return _panoptic("detr_resnet50_dc5_panoptic", pretrained, num_classes, threshold, return_postprocessor)
 
 
@@ -164,7 +166,8 @@ def _detector(name: str, pretrained: _Weights, num_classes: int, return_postproc
     return (model, models.detr.PostProcess()) if return_postprocessor else model
 
 
-def _panoptic(name: str, pretrained: _Weights, num_classes: int, threshold: float, return_postprocessor: bool) -> _Built:
+def _panoptic(name: str, pretrained: _Weights, num_classes: int, threshold: float,
+              return_postprocessor: bool) -> _Built:
     published = _PUBLISHED[name]
     joiner, transformer = _parts(published.backbone, published.dilation, all_maps=True)
     model = models.segmentation.DETRsegm(models.detr.DETR(joiner, transformer, num_classes, _NUM_QUERIES))
@@ -187,8 +190,8 @@ def _parts(backbone_name: str, dilation: bool = False, pre_norm: bool = False,
 def _fill_pretrained(model: _Module, name: str, pretrained: _Weights, num_classes: int) -> None:
     published = _PUBLISHED[name]
     if pretrained is True and num_classes != published.num_classes:
-        raise util.errors.InputError(f"num_classes={num_classes}: the published {name} has {published.num_classes} classes; "
-                                     "to train it on others, start main.py with --pretrain "
+        raise util.errors.InputError(f"num_classes={num_classes}: the published {name} has {published.num_classes} "
+                                     "classes; to train it on others, start main.py with --pretrain "
                                      f"{_WEIGHTS_URL}{published.weights}")
     location = _WEIGHTS_URL + published.weights if pretrained is True else pretrained or ""
     _fill(model, _read(location, "pretrained="), location)

@@ -46,9 +46,9 @@ def look(model: nn.Module, image: Tensor, *patches: Tensor, decoder_layer: Optio
         crossed = stack.enter_context(_kept_weights(decoder.multihead_attn))
         own = stack.enter_context(_kept_weights(encoder.self_attn)) if encoder is not None else []
         outputs = model(image[None], *(some[None] for some in patches))
-    height, width = maps[0].shape[-2:]
-    return outputs, Attention(crossed[0][0].unflatten(1, (height, width)).cpu(),
-                              own[0][0].unflatten(1, (height, width)).unflatten(0, (height, width)).cpu() if own else None)
+    size = maps[0].shape[-2:]
+    return outputs, Attention(crossed[0][0].unflatten(1, size).cpu(),
+                              own[0][0].unflatten(1, size).unflatten(0, size).cpu() if own else None)
 
 
 def _layer(layers: nn.ModuleList, number: Optional[int], kind: str) -> Optional[nn.Module]:

@@ -1,9 +1,9 @@
 """Write a detector as a program that runs without this code.
 
-`python -m tools.export --checkpoint FILE --format onnx --output detr.onnx`, or `--format torchscript`, or `--format pt2`
-(torch.export). The program takes a batch of any number of images, of any height and width above 32,
+`python -m tools.export --checkpoint FILE --format onnx --output detr.onnx`, or `--format torchscript`, or `--format
+pt2` (torch.export). The program takes a batch of any number of images, of any height and width above 32,
 
-    images  float32 [B, 3, H, W], RGB, normalised as in training; smaller images padded with zeros on the right and below
+    images  float32 [B, 3, H, W], RGB, normalised as in training; smaller images padded with zeros, right and below
     mask    bool [B, H, W], True on that padding; all False where there is none
 
 and gives
@@ -12,9 +12,9 @@ and gives
     pred_boxes   float32 [B, N, 4], centre x, centre y, width, height in 0..1 of the image without its padding
     pred_masks   float32 [B, N, h, w], logits over the padded image, from a model with a mask head
 
-What else a user must know (class names, of a panoptic model which are things, sizes to resize to, mean and deviation of the
-colours) is stored in the file as JSON under the key "detr". Once written, the file is loaded again and its outputs are compared
-with the model's.
+What else a user must know (class names, of a panoptic model which are things, sizes to resize to, mean and deviation of
+the colours) is stored in the file as JSON under the key "detr". Once written, the file is loaded again and its outputs
+are compared with the model's.
 """
 import argparse
 import itertools
@@ -56,7 +56,7 @@ class PlainDetector(nn.Module):
 
 
 def example_batch(batch: int, height: int, width: int, device: torch.device) -> Tuple[Tensor, Tensor]:
-    """Random images [B, 3, H, W] of different sizes, the smaller the later, with their padding [B, H, W]; each is padded."""
+    """Random images [B, 3, H, W] of different sizes, the smaller the later, and their padding [B, H, W]."""
     generator = torch.Generator().manual_seed(height)
     images = torch.randn(batch, 3, height, width, generator=generator)
     mask = torch.zeros(batch, height, width, dtype=torch.bool)
@@ -145,9 +145,10 @@ def traced(model: PlainDetector, form: str) -> Any:
         InputError: if torch is too old.
     """
     if not can_trace():
-        raise InputError(f"--format {form} needs torch 2.6 or later, this is {torch.__version__}; torchscript works with it")
-    # Free without a name: named axes must satisfy every case that torch told apart while tracing for all their values, which
-    # it can't prove for sizes halved again and again. The written program is tried on other sizes instead.
+        raise InputError(f"--format {form} needs torch 2.6 or later, this is {torch.__version__}; "
+                         "torchscript works with it")
+    # Free without a name: named axes must satisfy every case that torch told apart while tracing for all their values,
+    # which it can't prove for sizes halved again and again. The written program is tried on other sizes instead.
     free = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in AXES.items()}
     return torch.export.export(model, example_batch(*TRACED, device_of(model)), dynamic_shapes=free, strict=False)
 
@@ -165,8 +166,8 @@ class Format(NamedTuple):
     read: Callable[[Path, torch.device], Program]
 
 
-FORMATS = {"onnx": Format(".onnx", write_onnx, read_onnx), "torchscript": Format(".pt", write_torchscript, read_torchscript),
-           "pt2": Format(".pt2", write_pt2, read_pt2)}
+FORMATS = {"onnx": Format(".onnx", write_onnx, read_onnx), "pt2": Format(".pt2", write_pt2, read_pt2),
+           "torchscript": Format(".pt", write_torchscript, read_torchscript)}
 
 
 @torch.no_grad()
@@ -191,7 +192,8 @@ def largest_differences(model: PlainDetector, program: Program) -> Dict[str, flo
         for name, value in expected.items():
             difference = ((got[name] - value).abs().max() / value.abs().max().clamp(min=1)).item()
             if not difference <= TOLERANCE:
-                raise FloatingPointError(f"the written program's {name} differ by {difference:.2g} from the model's for {case}")
+                raise FloatingPointError(f"the written program's {name} differ by {difference:.2g} from the model's "
+                                         f"for {case}")
             largest[name] = max(difference, largest.get(name, 0.0))
     return largest
 
@@ -239,8 +241,9 @@ def main(args: argparse.Namespace) -> None:
         if unchecked.exists():
             unchecked.unlink()
     print(f"{path}: {path.stat().st_size / 2 ** 20:.1f} MiB; the same outputs as the model for batches of "
-          f"{' and '.join(map(str, BATCH_SIZES))}, {' and '.join(f'{h} x {w}' for h, w in IMAGE_SIZES)} pixels, padding "
-          f"included; largest difference: {', '.join(f'{name} {value:.1g}' for name, value in differences.items())}")
+          f"{' and '.join(map(str, BATCH_SIZES))}, {' and '.join(f'{h} x {w}' for h, w in IMAGE_SIZES)} pixels, "
+          "padding included; largest difference: "
+          f"{', '.join(f'{name} {value:.1g}' for name, value in differences.items())}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Show where a detector looks: `python -m tools.show_attention --checkpoint FILE_OR_URL IMAGE`
 
-Writes one picture: the image with what was found; for each detection, where its query looks in the image (decoder; DETR,
-figure 6); and for a few points, which other places that place takes from (encoder; figure 3). Brighter is more. Each map is
-the mean over the heads of one layer, scaled by its largest value.
+Writes one picture: the image with what was found; for each detection, where its query looks in the image (decoder;
+DETR, figure 6); and for a few points, which other places that place takes from (encoder; figure 3). Brighter is more.
+Each map is the mean over the heads of one layer, scaled by its largest value.
 """
 import argparse
 from pathlib import Path
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 
 
 class Map(NamedTuple):
-    """An attention map [H, W] in 0..1 to be drawn over the image, with a box or a point (a box without area) and a text."""
+    """An attention map [H, W] in 0..1 to draw over the image, with a text and a box or a point (a box without area)."""
 
     weights: Tensor
     marked: Rectangle
@@ -170,7 +170,8 @@ def draw(image: Tensor, found: Sequence[Found], rows: Sequence[Tuple[str, Sequen
 
 
 def report(found: Sequence[Found], maps: Sequence[Map], scale: Tensor) -> None:
-    """Print each detection and the place its query looks at most, in pixels of the file; scale: [x, y] from the image's."""
+    """Print each detection and the place its query looks at most, in pixels of the file, which are `scale` [x, y] times
+    the image's."""
     for item, shown in zip(found, maps):
         row, column = divmod(int(shown.weights.argmax()), shown.weights.shape[1])
         left, top, right, bottom = (torch.tensor(item.box) * scale.repeat(2)).tolist()

@@ -1,4 +1,4 @@
-"""tools.export writes programs that need none of this code and give what the model gives, for any batch and image size."""
+"""tools.export writes programs that need none of this code and give what the model gives, of any batch, at any size."""
 import json
 import sys
 from pathlib import Path
@@ -49,15 +49,17 @@ def load_pt2(path: Path) -> Tuple[Program, str]:
 
 # Programs and the JSON in their files, by torch or onnxruntime alone.
 LOADERS = {"onnx": load_onnx, "torchscript": load_torchscript, "pt2": load_pt2}
-KINDS = {"boxes": {"pre_norm": True, "backbone_last_layer": "layer3"}, "masks": {"masks": True}}
+KINDS = {"boxes": {"pre_norm": True, "backbone_last_layer": "layer3"},
+         "masks": {"masks": True, "mask_softmax": "per_head"}}
 
 
-@pytest.mark.parametrize("form, kind", [("onnx", "boxes"), ("onnx", "masks"), ("pt2", "boxes"), ("torchscript", "boxes"),
-                                        ("torchscript", "masks")])
-def test_written_programs_give_what_the_model_gives(form: str, kind: str, save_model: Callable[..., Path], tmp_path: Path,
-                                                    run_main: Callable) -> None:
+@pytest.mark.parametrize("form, kind", [("onnx", "boxes"), ("onnx", "masks"), ("pt2", "boxes"),
+                                        ("torchscript", "boxes"), ("torchscript", "masks")])
+def test_written_programs_give_what_the_model_gives(form: str, kind: str, save_model: Callable[..., Path],
+                                                    tmp_path: Path, run_main: Callable) -> None:
     skip_what_torch_cannot_write(form)
-    checkpoint = save_model("model.pth", class_names={1: "Käse"}, val_size=64, enc_layers=1, dec_layers=1, **KINDS[kind])
+    flags = {"val_size": 64, "enc_layers": 1, "dec_layers": 1, **KINDS[kind]}
+    checkpoint = save_model("model.pth", class_names={1: "Käse"}, **flags)
     path = tmp_path / "new" / f"detr{export.FORMATS[form].ending}"
     words = ["--checkpoint", checkpoint, "--format", form, "--output", path]
     printed = run_main(export, words + (["--opset", 18] if form == "onnx" else []))
@@ -97,6 +99,21 @@ def skip_what_torch_cannot_write(form: str) -> None:
         pytest.skip(f"torch {torch.__version__} can't write {form}")
     if form == "onnx":
         pytest.importorskip("onnxruntime")
+
+
+@torch.no_grad()
+def test_a_panoptic_model_of_coco(save_model: Callable[..., Path], tmp_path: Path, run_main: Callable) -> None:
+    """Things and stuff go with it; the softmax of its mask head can be chosen, for weights that don't come with flags."""
+    checkpoint, path = save_model("model.pth", masks=True, mask_softmax="per_head", num_classes=250), tmp_path / "detr.pt"
+    run_main(export, ["--checkpoint", checkpoint, "--format", "torchscript", "--output", path, "--mask_softmax", "joint"])
+    program, info = load_torchscript(path)
+    assert [json.loads(info)["is_thing"][label] for label in ("1", "90", "92", "200")] == [True, True, False, False]
+    images, mask = fresh_batch(*INPUTS[1])
+    joint, per_head = (export.PlainDetector(load_model(str(checkpoint), DETECTOR, "cpu", mask_softmax=softmax).model)
+                       for softmax in ("joint", "per_head"))
+    masks = program(images, mask)["pred_masks"]
+    torch.testing.assert_close(masks, joint(images, mask)["pred_masks"])
+    assert (masks - per_head(images, mask)["pred_masks"]).abs().max() > 1e-4
 
 
 def test_what_is_padded_does_not_count(save_model: Callable[..., Path], tmp_path: Path, run_main: Callable) -> None:
@@ -162,7 +179,8 @@ def test_every_example_image_is_padded() -> None:
 # Mistakes.
 
 
-def test_wrong_input_is_told_in_a_sentence(detector: Path, pretrained: Path, tmp_path: Path, run_main: Callable) -> None:
+def test_wrong_input_is_told_in_a_sentence(detector: Path, pretrained: Path, tmp_path: Path,
+                                           run_main: Callable) -> None:
     def refused(*words: Any) -> str:
         return run_main(export, ["--checkpoint", detector, *words], status=2)
 
@@ -187,8 +205,8 @@ def test_what_is_too_old_or_missing_is_named(detector: Path, tmp_path: Path, run
         patch.setitem(sys.modules, "onnxscript", None)
         assert "pip install -r requirements/export.txt" in refused("onnx")
     monkeypatch.setattr(export, "can_trace", lambda: False)
-    assert refused("pt2") == (f"error: --format pt2 needs torch 2.6 or later, this is {torch.__version__}; torchscript works "
-                              "with it\n")
+    assert refused("pt2") == (f"error: --format pt2 needs torch 2.6 or later, this is {torch.__version__}; "
+                              "torchscript works with it\n")
 
 
 def test_as_a_program(detector: Path, tmp_path: Path) -> None:

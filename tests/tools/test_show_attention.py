@@ -65,7 +65,8 @@ def test_up_detr_can_be_watched_too(tiny_args: Callable[..., argparse.Namespace]
     assert outputs["pred_boxes"].shape == (1, 8, 4) and attention.decoder.shape == (8, 3, 2)
 
 
-@pytest.mark.parametrize("height, width, stride", [(96, 64, 32), (97, 64, 32), (90, 60, 32), (128, 128, 16), (130, 17, 16)])
+@pytest.mark.parametrize("height, width, stride",
+                         [(96, 64, 32), (97, 64, 32), (90, 60, 32), (128, 128, 16), (130, 17, 16)])
 def test_stride(height: int, width: int, stride: int) -> None:
     attention = Attention(torch.zeros(1, -(-height // stride), -(-width // stride)), None)
     assert stride_of(attention, torch.zeros(3, height, width)) == stride
@@ -99,12 +100,14 @@ def test_picture_and_report(detector: Path, photos: Path, tmp_path: Path, run_ma
     assert {distinct_colour(number) for number in range(5)} <= colours
 
 
-def test_without_detections_the_encoder_is_shown(detector: Path, photos: Path, tmp_path: Path, run_main: Callable) -> None:
+def test_without_detections_the_encoder_is_shown(detector: Path, photos: Path, tmp_path: Path,
+                                                 run_main: Callable) -> None:
     words = ["--checkpoint", detector, photos / "wide.jpg", "--device", "cpu", "--output", tmp_path / "a.png"]
     assert run_main(show_attention, [*words, "--threshold", 1]) == f"0 detections, 4 points: {tmp_path}/a.png\n"
 
 
-def test_a_model_without_encoder(save_model: Callable[..., Path], photos: Path, tmp_path: Path, run_main: Callable) -> None:
+def test_a_model_without_encoder(save_model: Callable[..., Path], photos: Path, tmp_path: Path,
+                                 run_main: Callable) -> None:
     words = ["--checkpoint", save_model("plain.pth", enc_layers=0), photos / "wide.jpg", "--device", "cpu", "--output",
              tmp_path / "a.png", "--threshold", 0]
     assert run_main(show_attention, words).endswith(f"8 detections, 0 points: {tmp_path}/a.png\n")
