@@ -110,6 +110,9 @@ def write_onnx(model: PlainDetector, path: Path, info: str, opset: Optional[int]
     except torch.onnx.errors.OnnxExporterError as error:
         raise InputError(f"--format onnx: the exporter of torch {torch.__version__} can't write this model "
                          f"({type(error).__name__}); with torch 2.7 and later it can") from error
+    except ModuleNotFoundError as error:  # of an onnxscript that doesn't know this torch yet
+        raise InputError(f"--format onnx: the installed onnxscript is too old for torch {torch.__version__} ({error}): "
+                         "pip install --upgrade onnxscript") from error
     program.model.metadata_props[INFO_KEY] = info
     program.save(str(path), external_data=False)
 

@@ -1,6 +1,8 @@
 """tools.export writes programs that need none of this code and give what the model gives, of any batch, at any size."""
+import importlib
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any, Callable, Dict, Tuple
 
@@ -204,6 +206,12 @@ def test_what_is_too_old_or_missing_is_named(detector: Path, tmp_path: Path, run
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
         assert "pip install -r requirements/export.txt" in refused("onnx")
+    with monkeypatch.context() as patch:  # torch's exporter imports a part of onnxscript made for its version
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setattr(export, "traced", lambda model, form: model)
+        patch.setattr(torch.onnx, "export", lambda *args, **flags: importlib.import_module("onnxscript.torch_9_9"))
+        assert "pip install --upgrade onnxscript" in refused("onnx")
     monkeypatch.setattr(export, "can_trace", lambda: False)
     assert refused("pt2") == (f"error: --format pt2 needs torch 2.6 or later, this is {torch.__version__}; "
                               "torchscript works with it\n")
