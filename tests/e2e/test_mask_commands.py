@@ -125,6 +125,9 @@ def test_instance_segmentation_on_the_same_box_model(toy, box_model, tmp_path):
     assert f"36 classes as in {box_model}; the annotations need 14" in done.stdout
     line = log_line(tmp_path)
     assert len(line["test_coco_eval_masks"]) == 12 and "test_PQ_all" not in line
+    truth = json.loads((toy / "coco/annotations/panoptic_val2017.json").read_text())
+    names = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["class_names"]
+    assert names == {category["id"]: category["name"] for category in truth["categories"]}, "stuff's names too"
     done = run(["main.py", *"--batch_size 1 --no_aux_loss --eval --masks".split(), "--resume",
                 tmp_path / "checkpoint.pth", *coco])
     assert len(tables(done)) == 24 and "IoU metric: segm" in done.stdout
