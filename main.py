@@ -295,6 +295,7 @@ def describe_classes(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
         if stored > args.num_classes:
             print_main(f"{stored} classes as in {whole}; the annotations need {args.num_classes}")
             args.num_classes = stored
+            class_names = {**(checkpoint.get("class_names") or {}), **class_names}
     return class_names, is_thing_map(args) if args.dataset_file == "coco_panoptic" else {}
 
 

@@ -48,6 +48,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
                            getattr(args, "masks", False), seed=args.seed, num_classes=num_classes)
     if image_set == "val" and args.coco_path and not getattr(args, "val_annotations", None):
         dataset.instances = _read_instances(Path(args.coco_path) / "annotations" / "instances_val2017.json", dataset)
+    if image_set == "val" and dataset.return_masks:
+        _check_categories(dataset, args)
     return dataset
 
 
@@ -199,6 +201,16 @@ def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
         return None
     check_ground_truth(content, ann_file, num_classes_of(content, ann_file))
     return index_ground_truth(content)
+
+
+def _check_categories(dataset: CocoPanoptic, args: argparse.Namespace) -> None:
+    """Raises InputError if panoptic maps may hold a category of the training that their ground truth doesn't list."""
+    listed = {category["id"] for category in dataset.coco.dataset["categories"]}
+    ann_file, trained = training_categories(args, _ann_file)
+    for category in trained["categories"]:
+        if category["id"] not in listed:
+            raise InputError(f"category id {category['id']} of {ann_file} is missing among the categories of "
+                             f"{dataset.source}; list it there, even if no segment is of it")
 
 
 def _ann_file(image_set: str, args: argparse.Namespace) -> Path | None:
