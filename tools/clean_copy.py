@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Set, Tuple
 
-from datasets.checks import Problem, is_count
+from datasets.checks import Problem
 from tools.output import writing
 from util.errors import InputError
 

@@ -1,6 +1,5 @@
 """The notebooks run from top to bottom, offline, on what the demo leaves; git holds them without their outputs."""
 import json
-import os
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
