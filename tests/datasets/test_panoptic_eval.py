@@ -265,6 +265,7 @@ import json, pathlib, sys
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from test_panoptic_eval import as_predictions, evaluate, random_pictures
+from util.distributed import shutdown
 
 rank, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:" + sys.argv[4], rank=rank, world_size=2)
@@ -273,7 +274,7 @@ truth, found = random_pictures(2, count=9)
 mine = {number: picture for number, picture in found.items() if (number <= 4 if rank == 0 else number >= 4)}
 results = evaluate((folder / "panoptic.json", folder / "panoptic"), as_predictions(mine), output_dir=folder / "out")[1]
 json.dump(results, open(folder / str(rank), "w"))
-dist.destroy_process_group()
+shutdown()
 """
 
 
