@@ -168,8 +168,8 @@ def shutdown() -> None:
     if not is_dist_avail_and_initialized():
         return
     if dist.get_backend() == "gloo":
-        # Gloo's threads need the interpreter's lock to let go of the last collective's tensors, but older versions of torch
-        # (before its pull request 154976) hold it while they wait for these threads to end: let them finish first.
+        # Gloo's threads need the interpreter's lock to let go of the last collective's tensors, but older torch (before
+        # its pull request 154976) holds it while it waits for these threads to end: let them finish first.
         dist.barrier()
         time.sleep(GLOO_SETTLES_S)
     dist.destroy_process_group()
