@@ -157,7 +157,8 @@ class SetCriterion(nn.Module):
 
     def _normalisers(self, classes: Tensor, targets: Sequence[Dict[str, Tensor]]) -> Sequence[Tensor]:
         """Number of objects (at least 1) and, per layer, the summed class weights; see `forward` for processes."""
-        num_boxes = torch.tensor([float(sum(len(target["labels"]) for target in targets))]).to(classes.device, non_blocking=True)
+        count = sum(len(target["labels"]) for target in targets)
+        num_boxes = torch.tensor([float(count)]).to(classes.device, non_blocking=True)
         weights = self.empty_weight[classes].sum((1, 2))
         sums = torch.cat([num_boxes, weights])
         if self.training:
