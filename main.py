@@ -2,6 +2,7 @@
 import argparse
 import datetime
 import functools
+import inspect
 import resource
 import time
 from typing import Any, Dict, Optional, Tuple
@@ -330,8 +331,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         wrapped = model
         if args.distributed:
-            # Buffers are constants here (frozen batch norms, masks): nothing to broadcast.
-            wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+            # Buffers are constants here (frozen batch norms, masks): nothing to broadcast at each step.
+            parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
+            wrapped = nn.parallel.DistributedDataParallel(model, **{sync: False},
                                                           device_ids=[args.gpu] if device.type == "cuda" else None)
         train(state, wrapped, criterion, evaluation, args)
     shutdown()
