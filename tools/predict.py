@@ -20,7 +20,7 @@ from torch import Tensor
 from datasets.coco import class_names, make_coco_transforms, read_ground_truth
 from datasets.image_io import UnreadableImage, read_image
 from datasets.pretext import list_images
-from models.detr import PostProcess
+from models import build_postprocess
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import write_json_lines, writing
@@ -131,7 +131,7 @@ class Detector:
     def __init__(self, loaded: Loaded) -> None:
         self.model, self.device = loaded.model, torch.device(loaded.args.device)
         self.transforms = make_coco_transforms("val", val_size=loaded.args.val_size, max_size=loaded.args.max_size)
-        self.postprocess = PostProcess()
+        self.postprocess = build_postprocess(loaded.args)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor]) -> List[Dict[str, Tensor]]:
