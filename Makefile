@@ -16,7 +16,7 @@ $(VENV)/demo-installed: requirements.txt requirements/demo.txt | $(VENV)/bin/pyt
 	$(PIP) -r requirements/demo.txt
 	touch $@
 
-$(VENV)/test-installed: requirements.txt requirements/demo.txt requirements/test.txt | $(VENV)/bin/python
+$(VENV)/test-installed: requirements.txt requirements/*.txt | $(VENV)/bin/python
 	$(PIP) -r requirements/test.txt
 	touch $@
 

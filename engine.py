@@ -2,7 +2,7 @@
 import contextlib
 import math
 import os
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ def weighted_sum(losses: Dict[str, Tensor], weights: Dict[str, float]) -> Tensor
 def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
                     device: torch.device, epoch: int, max_norm: float = 0, *, accumulate_steps: int = 1,
                     amp_dtype: Optional[torch.dtype] = None,
-                    scaler: Optional["torch.amp.GradScaler"] = None) -> Dict[str, float]:
+                    scaler: Optional["torch.amp.GradScaler"] = None,
+                    on_line: Optional[Callable[[int, MetricLogger], None]] = None) -> Dict[str, float]:
     """Train over the loader once.
 
     Args:
@@ -42,6 +43,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
         accumulate_steps: batches whose averaged gradients make one optimizer step.
         amp_dtype: run the model under autocast in this type; matching and losses stay in float32.
         scaler: loss scaler for float16.
+        on_line: called with the step and the logger in each step that prints a line; must not wait for other processes.
 
     Returns:
         averages over the epoch and all processes, by name.
@@ -81,6 +83,8 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
         logger.update(lr=optimizer.param_groups[0]["lr"])
         if step % PRINT_FREQ == 0 or step == length - 1:
             _require_finite(logger, epoch, step)  # waits for the device, where a line is printed anyway
+            if on_line:
+                on_line(step, logger)
     logger.synchronize_between_processes()
     print_main("Averaged stats:", logger)
     return logger.averages()

@@ -1,6 +1,7 @@
 """Train and evaluate DETR, Deformable DETR and UP-DETR. Which of them is a matter of data set and flags; see README.md."""
 import argparse
 import datetime
+import functools
 import resource
 import time
 from typing import Any, Dict, List, Optional, Tuple
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names
+from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, objects_per_image
 from datasets.coco_panoptic import is_thing_map
 from datasets.pretext import PretextDataset
 from engine import evaluate, evaluate_patches, train_one_epoch
@@ -19,6 +20,8 @@ from util.checkpoint import load_checkpoint, load_model_strictly, load_pretraine
 from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, print_main, shutdown
 from util.errors import InputError, run_program
 from util.misc import collate_fn
+from util.progress import Progress
+from util.summary import evaluation_summary, training_summary
 from util.training_state import TrainingState, append_log, find_resume, open_log
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,6 +118,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--coco_path", help="folder with train2017/, val2017/ and annotations/")
     group.add_argument("--coco_panoptic_path",
                        help="folder with panoptic_train2017/, panoptic_val2017/ and annotations/")
+    for part, words in (("train", "training"), ("val", "validation")):
+        group.add_argument(f"--{part}_images", help=f"folder of the {words} images ({part}2017 in --coco_path)")
+        group.add_argument(f"--{part}_annotations", help=f"COCO-format JSON of the {words} images, relative to "
+                           f"--coco_path (annotations/instances_{part}2017.json; panoptic: --coco_panoptic_path)")
     group.add_argument("--voc_path", help="the VOCdevkit folder, with VOC2007/ and VOC2012/")
     group.add_argument("--imagenet_path", help="folder tree of images to pre-train on")
     group.add_argument("--imagenet_val_path", help="folder tree of held-out images to evaluate a pre-training on")
@@ -135,7 +142,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--pretrain", default="", help="checkpoint (file or URL) whose weights to start from")
     group.add_argument("--start_epoch", default=0, type=int)
     group.add_argument("--eval", action="store_true", help="evaluate only")
+    group.add_argument("--overfit", type=int, metavar="N",
+                       help="prove a set-up: train and evaluate on the first N training images, without augmentation")
     group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations")
+    group.add_argument("--tensorboard", action="store_true", help="also write losses and results for TensorBoard")
     group.add_argument("--world_size", default=1, type=int, help="number of processes; set by the launcher")
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
     group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
@@ -219,7 +229,9 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
     dataset = build_dataset("train", args)
     loader = build_train_loader(dataset, args)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print_main(f"number of trained parameters: {n_parameters}; {len(dataset)} training images, {len(loader)} steps an epoch")
+    print_main(training_summary(args, state.model, state.optimizer, state.class_names, len(dataset),
+                                objects_per_image(dataset), len(loader)))
+    progress = Progress(args, state.epoch, len(loader))
     if args.output_dir and is_main_process():
         open_log(args.output_dir, state.epoch)
     start = time.perf_counter()
@@ -228,10 +240,11 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
         dataset.set_epoch(epoch)
         train_stats = train_one_epoch(model, criterion, loader, state.optimizer, torch.device(args.device), epoch,
                                       args.clip_max_norm, accumulate_steps=args.accumulate_steps,
-                                      amp_dtype=AMP_TYPES.get(args.amp), scaler=state.scaler)
+                                      amp_dtype=AMP_TYPES.get(args.amp), scaler=state.scaler,
+                                      on_line=functools.partial(progress.line, epoch))
         state.lr_scheduler.step()
         test_stats: Dict[str, Any] = {}
-        files = ["checkpoint.pth"]
+        files = []
         if (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0:
             files.append(f"checkpoint{epoch:04}.pth")
         if evaluation and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
@@ -239,13 +252,17 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
             if state.best is None or figure > state.best:
                 state.best = figure
                 files.append("checkpoint_best.pth")
-        if args.output_dir:
-            state.save(args, epoch, files)
         line = {**{f"train_{name}": value for name, value in train_stats.items()},
                 **{f"test_{name}": value for name, value in test_stats.items()}, **_unreadable(dataset),
                 "epoch": epoch, "n_parameters": n_parameters}
-        if args.output_dir and is_main_process():
-            append_log(args.output_dir, line)
+        progress.epoch(epoch, line)
+        if args.output_dir:
+            # A run may be stopped at any moment. One resumed from checkpoint.pth drops log lines that came after it, and
+            # redoes their epochs; so checkpoint.pth comes last.
+            if is_main_process():
+                append_log(args.output_dir, line)
+            state.save(args, epoch, [*files, "checkpoint.pth"])
+    progress.close()
     seconds = int(time.perf_counter() - start)
     print_main(f"Training time {datetime.timedelta(seconds=seconds)}, largest memory {largest_memory_mb():.0f} MB")
 
@@ -324,10 +341,12 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = read_start(args)
     class_names, things = describe_classes(args, checkpoint)
     print_main(recipes.describe(args))
+    if args.overfit:
+        print_main(f"overfit: training and evaluation see the first {args.overfit} training images, not augmented")
     device = torch.device(args.device)
 
     torch.manual_seed(args.seed)
-    model, criterion, postprocessors = build_model(args, things or None)
+    model, criterion, postprocessors = build_model(args, things)
     optimizer = build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
                           torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch,
@@ -336,9 +355,10 @@ def main(args: argparse.Namespace) -> None:
     initial_weights(state, checkpoint, args)
     del checkpoint  # a training would keep its memory to the end
 
-    held_out = args.dataset_file != "imagenet" or args.imagenet_val_path or args.held_out_share or args.eval
+    held_out = args.dataset_file != "imagenet" or args.imagenet_val_path or args.held_out_share or args.eval or args.overfit
     evaluation = Evaluation(args, criterion, postprocessors) if held_out else None
     if args.eval:
+        print_main(evaluation_summary(args, class_names, len(evaluation.dataset), objects_per_image(evaluation.dataset)))
         evaluation.run(model)
     else:
         wrapped = model

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Subset
 
 from datasets import coco, coco_panoptic, pretext, voc
 from util.errors import InputError
 
-__all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names"]
+__all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names", "objects_per_image"]
 
 # `--dataset_file` to the module that builds it.
 _DATASETS = {"coco": coco, "coco_panoptic": coco_panoptic, "voc": voc, "imagenet": pretext}
@@ -18,6 +19,8 @@ _DATASETS = {"coco": coco, "coco_panoptic": coco_panoptic, "voc": voc, "imagenet
 def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
     """Builds the data set that `args.dataset_file` ("coco", "coco_panoptic", "voc" or "imagenet") names.
 
+    With `args.overfit` both image sets are the first so many training images, prepared as in evaluation.
+
     Args:
         image_set: "train" or "val".
         args: parsed flags; each module's `build` says which ones it reads.
@@ -25,7 +28,12 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
     Raises:
         InputError: the name is unknown, or the data is missing or wrong.
     """
-    return _module(args).build(image_set, args)
+    count = getattr(args, "overfit", None)
+    if count is None:
+        return _module(args).build(image_set, args)
+    dataset = _module(args).build("train", args, augment=False)
+    dataset.keep_first(count)
+    return dataset
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -44,6 +52,14 @@ def get_coco_api_from_dataset(dataset: Dataset) -> COCO | None:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return getattr(dataset, "instances", None) or getattr(dataset, "coco", None)
+
+
+def objects_per_image(dataset: Dataset) -> torch.Tensor | None:
+    """Returns how many objects (or patches) each sample has, int64 [len(dataset)], also for a `Subset`; None if unknown."""
+    if isinstance(dataset, Subset):
+        counts = objects_per_image(dataset.dataset)
+        return None if counts is None else counts[torch.as_tensor(dataset.indices)]
+    return dataset.objects_per_image() if hasattr(dataset, "objects_per_image") else None
 
 
 def _module(args: argparse.Namespace):

@@ -24,8 +24,8 @@ from util.errors import InputError
 
 __all__ = [
     "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "image_folder",
-    "index_ground_truth", "make_coco_transforms", "num_classes_and_names", "num_classes_of", "read_ground_truth",
-    "report_left_out", "training_categories", "transform_sizes",
+    "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of",
+    "read_ground_truth", "report_left_out", "training_categories", "transform_sizes",
 ]
 
 TRAIN_SIZES = tuple(range(480, 801, 32))
@@ -34,19 +34,23 @@ _CROP_RESIZES = (400, 500, 600)
 _CROP_SIZES = (384, 600)
 
 
-def build(image_set: str, args: argparse.Namespace) -> "CocoDetection":
-    """Builds the COCO data set of `args` (`coco_path`, `eval`, `masks` if there, `seed`, `num_classes`, the sizes).
+def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "CocoDetection":
+    """Builds the COCO data set of `args`.
+
+    Reads `coco_path`, `train_images`, `train_annotations`, `val_images`, `val_annotations` and `masks` where they are
+    there, `eval`, `seed`, `num_classes` and the sizes.
 
     Args:
         image_set: "train" or "val".
         args: parsed flags.
+        augment: False prepares training images as evaluation does.
 
     Raises:
         InputError: something in the folder or the annotations is missing or wrong.
     """
     folder, ann_file = _paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
-    transforms = make_coco_transforms(image_set, **transform_sizes(args))
+    transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
                          num_classes=num_classes)
 
@@ -60,16 +64,18 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
     Raises:
         InputError: the annotations are missing or broken.
     """
-    ann_file, categories = training_categories(args, lambda image_set: _paths(image_set, args)[1])
+    ann_file, categories = training_categories(args, _ann_file)
     return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
 
 
-def training_categories(args: argparse.Namespace, ann_file_of: Callable[[str], Path]) -> tuple[Path, dict]:
+def training_categories(
+    args: argparse.Namespace, ann_file_of: Callable[[str, argparse.Namespace], Path | None]
+) -> tuple[Path, dict]:
     """Reads the categories that a model for `args` is trained on.
 
     Args:
         args: parsed flags.
-        ann_file_of: the annotation file of "train" and of "val".
+        ann_file_of: tells the annotation file of "train" or "val" and `args`, None where no flag says.
 
     Returns:
         The training annotations, or the validation ones in an evaluation that has no others; and a dict with their
@@ -78,10 +84,15 @@ def training_categories(args: argparse.Namespace, ann_file_of: Callable[[str], P
     Raises:
         InputError: the file is missing or broken.
     """
-    image_set = "val" if args.eval and not ann_file_of("train").is_file() else "train"
-    ann_file = ann_file_of(image_set)
+    ann_file = ann_file_of("train", args)
+    of_training = not args.eval or (ann_file is not None and ann_file.is_file())
+    if not of_training:
+        ann_file = ann_file_of("val", args)
+    if ann_file is None:
+        flag = "train_annotations" if of_training else "val_annotations"
+        raise InputError(f"--coco_path is needed, the folder that holds annotations/, or --{flag}")
     categories = _read_categories(*_version(ann_file))
-    if args.eval and image_set == "train":
+    if args.eval and of_training:
         _read_json.cache_clear()  # an evaluation has no further use for gigabytes of training annotations
     return ann_file, {"categories": list(categories)}
 
@@ -185,6 +196,22 @@ class DetectionDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that the randomness of the samples depends on; call it before iterating."""
         self._epoch.fill_(epoch)
+
+    def keep_first(self, count: int) -> None:
+        """Keeps the images with the `count` lowest ids.
+
+        Raises:
+            InputError: there are fewer, or none of them has an object.
+        """
+        if count > len(self.ids):
+            raise InputError(f"--overfit {count} is more than the {len(self.ids)} images of {self.source}")
+        if not self._starts[count]:
+            raise InputError(f"--overfit {count}: the first {count} images of {self.source} have no objects")
+        self.ids = self.ids[:count]
+
+    def objects_per_image(self) -> Tensor:
+        """Returns how many annotations each sample's target is made from, int64 [len(self)]."""
+        return torch.tensor(self._starts[:len(self.ids) + 1]).diff()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -401,19 +428,46 @@ def index_ground_truth(ground_truth: dict, coco: COCO | None = None) -> COCO:
 
 
 def image_folder(image_set: str, args: argparse.Namespace) -> Path:
-    """Returns the image folder of an image set.
+    """Returns the image folder of an image set: `--{train,val}_images`, or COCO's own in `coco_path`.
 
     Raises:
-        InputError: `coco_path` isn't given or doesn't exist.
+        InputError: nothing says where it is.
     """
-    if not args.coco_path:
-        raise InputError("--coco_path is needed: the folder that holds annotations/, train2017/ and val2017/")
-    root = Path(args.coco_path)
-    if not root.is_dir():
-        raise InputError(f"--coco_path {root} does not exist")
-    return root / f"{image_set}2017"
+    folder = locate(args, "coco_path", f"{image_set}_images", f"{image_set}2017")
+    if folder is None:
+        raise InputError("--coco_path is needed, the folder that holds annotations/, train2017/ and val2017/, or "
+                         f"--{image_set}_images and --{image_set}_annotations")
+    return folder
+
+
+def locate(args: argparse.Namespace, root_flag: str, flag: str, usual: str) -> Path | None:
+    """Finds out where a part of a data set lies.
+
+    Args:
+        args: parsed flags.
+        root_flag: the flag of the folder that paths are relative to.
+        flag: the flag that may name this part, absolute or relative to that folder.
+        usual: the part's name in COCO's layout.
+
+    Returns:
+        The path, which may not exist; None if neither flag is given.
+
+    Raises:
+        InputError: the folder of `root_flag` doesn't exist.
+    """
+    root, given = getattr(args, root_flag, None), getattr(args, flag, None)
+    if root and not Path(root).is_dir():
+        raise InputError(f"--{root_flag} {root} does not exist")
+    return Path(root or "", given or usual) if root or given else None
+
+
+def _ann_file(image_set: str, args: argparse.Namespace) -> Path | None:
+    return locate(args, "coco_path", f"{image_set}_annotations", f"annotations/instances_{image_set}2017.json")
 
 
 def _paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
     """Returns the image folder and the annotation file of an image set."""
-    return image_folder(image_set, args), Path(args.coco_path) / "annotations" / f"instances_{image_set}2017.json"
+    folder, ann_file = image_folder(image_set, args), _ann_file(image_set, args)
+    if ann_file is None:
+        raise InputError(f"--{image_set}_annotations is needed with --{image_set}_images, or --coco_path")
+    return folder, ann_file

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from datasets.checks import raise_first
-from datasets.coco import (DetectionDataset, check_ground_truth, class_names, image_folder, index_ground_truth,
+from datasets.coco import (DetectionDataset, check_ground_truth, class_names, image_folder, index_ground_truth, locate,
                            make_coco_transforms, num_classes_of, read_ground_truth, report_left_out,
                            training_categories, transform_sizes)
 from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
@@ -24,25 +24,29 @@ from util.errors import InputError
 __all__ = ["CocoPanoptic", "build", "is_thing_map", "num_classes_and_names"]
 
 
-def build(image_set: str, args: argparse.Namespace) -> "CocoPanoptic":
-    """Builds the panoptic data set of `args` (`coco_path`, `coco_panoptic_path`, `masks`, `seed`, …).
+def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "CocoPanoptic":
+    """Builds the panoptic data set of `args`.
 
-    Boxes of the validation set are evaluated on COCO's own objects, as published numbers are, where
+    Reads `coco_path`, `coco_panoptic_path`, `train_images`, `train_annotations`, `val_images`, `val_annotations` and
+    `masks` where they are there, `eval`, `seed`, `num_classes` and the sizes.
+
+    Boxes of COCO's validation set are evaluated on its objects, as published numbers are, where
     `annotations/instances_val2017.json` lies in `coco_path`; otherwise on all segments, stuff too.
 
     Args:
         image_set: "train" or "val".
         args: parsed flags.
+        augment: False prepares training images as evaluation does.
 
     Raises:
         InputError: something in the folders or the annotations is missing or wrong.
     """
     ann_folder, ann_file = _paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
-    transforms = make_coco_transforms(image_set, **transform_sizes(args))
+    transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     dataset = CocoPanoptic(image_folder(image_set, args), ann_folder, ann_file, transforms,
                            getattr(args, "masks", False), seed=args.seed, num_classes=num_classes)
-    if image_set == "val":
+    if image_set == "val" and args.coco_path and not getattr(args, "val_annotations", None):
         dataset.instances = _read_instances(Path(args.coco_path) / "annotations" / "instances_val2017.json", dataset)
     return dataset
 
@@ -56,7 +60,7 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
     Raises:
         InputError: the annotations are missing or broken.
     """
-    ann_file, categories = training_categories(args, lambda image_set: _paths(image_set, args)[1])
+    ann_file, categories = training_categories(args, _ann_file)
     return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
 
 
@@ -66,7 +70,7 @@ def is_thing_map(args: argparse.Namespace) -> dict[int, bool]:
     Raises:
         InputError: the annotations are missing or broken.
     """
-    ann_file, categories = training_categories(args, lambda image_set: _paths(image_set, args)[1])
+    ann_file, categories = training_categories(args, _ann_file)
     return is_thing_of(categories, ann_file)
 
 
@@ -197,18 +201,18 @@ def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
     return index_ground_truth(content)
 
 
+def _ann_file(image_set: str, args: argparse.Namespace) -> Path | None:
+    return locate(args, "coco_panoptic_path", f"{image_set}_annotations", f"annotations/panoptic_{image_set}2017.json")
+
+
 def _paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
     """Returns the folder of the PNGs and the panoptic file of an image set.
 
-    The PNGs lie in `panoptic_{train,val}2017`, in `coco_panoptic_path` or beside the file, as in COCO's archive.
+    The PNGs lie in a folder that is named as the file, beside it, as in COCO's archive, or in `coco_panoptic_path`.
     """
-    root = getattr(args, "coco_panoptic_path", None)
-    if not root:
-        raise InputError("--coco_panoptic_path is needed: the folder that holds annotations/panoptic_train2017.json "
-                         "and panoptic_train2017/")
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(f"--coco_panoptic_path {root} does not exist")
-    ann_file = root / "annotations" / f"panoptic_{image_set}2017.json"
-    beside = ann_file.with_suffix("")
-    return beside if beside.is_dir() else root / ann_file.stem, ann_file
+    ann_file = _ann_file(image_set, args)
+    if ann_file is None:
+        raise InputError("--coco_panoptic_path is needed, the folder that holds annotations/panoptic_train2017.json "
+                         f"and panoptic_train2017/, or --{image_set}_annotations")
+    beside, root = ann_file.with_suffix(""), getattr(args, "coco_panoptic_path", None)
+    return beside if beside.is_dir() or not root else Path(root, ann_file.stem), ann_file

@@ -37,7 +37,7 @@ _UNREADABLE_SHARE = 0.01
 _USABLE, _UNREADABLE, _TOO_SMALL = 0, 1, 2
 
 
-def build(image_set: str, args: argparse.Namespace) -> "PretextDataset":
+def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "PretextDataset":
     """Builds the random-patch pretext of `args`.
 
     Reads `imagenet_path`, `imagenet_val_path`, `held_out_share`, `num_patches`, `min_patch`, `max_patch`, `patch_size`,
@@ -47,6 +47,7 @@ def build(image_set: str, args: argparse.Namespace) -> "PretextDataset":
     Args:
         image_set: "train" or "val".
         args: parsed flags.
+        augment: False prepares training images as evaluation does: the same patches in every epoch.
 
     Raises:
         InputError: a folder is missing or has no images, or a flag makes no sense.
@@ -54,7 +55,7 @@ def build(image_set: str, args: argparse.Namespace) -> "PretextDataset":
     root, files = _choose_files(image_set, args)
     proposer = RandomPatches(args.num_patches, args.min_patch, args.max_patch)
     return PretextDataset(
-        root, files, proposer, training=image_set == "train", sizes=args.pretrain_sizes or PRETRAIN_SIZES,
+        root, files, proposer, training=image_set == "train" and augment, sizes=args.pretrain_sizes or PRETRAIN_SIZES,
         max_size=args.pretrain_max_size or PRETRAIN_MAX_SIZE, patch_size=args.patch_size, seed=args.seed)
 
 
@@ -242,6 +243,20 @@ class PretextDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that the randomness of training samples depends on; call it before iterating."""
         self._epoch.fill_(epoch)
+
+    def keep_first(self, count: int) -> None:
+        """Keeps the first `count` images in the order of their paths.
+
+        Raises:
+            InputError: there are fewer, or they are too few for an evaluation.
+        """
+        if count > len(self.files):
+            raise InputError(f"--overfit {count} is more than the {len(self.files)} images of {self.root}")
+        if count < 2:
+            raise InputError(f"--overfit {count}: a pre-training needs two images at least, since it is evaluated with "
+                             "patches of another image")
+        self.files = _PathTable(self.files[index] for index in range(count))
+        self._state = torch.full((count,), _USABLE, dtype=torch.uint8).share_memory_()
 
     @property
     def unreadable(self) -> list[str]:

@@ -37,12 +37,13 @@ class _Picture:
     objects: tuple[_Object, ...]
 
 
-def build(image_set: str, args: argparse.Namespace) -> "VocDetection":
+def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "VocDetection":
     """Builds the VOC data set of `args` (`voc_path`, `eval`, `remove_difficult`, `seed`, `num_classes`, the sizes).
 
     Args:
         image_set: "train" (trainval of 2007 and 2012) or "val" (test of 2007).
         args: parsed flags.
+        augment: False prepares training images as evaluation does.
 
     Raises:
         InputError: something in the folder is missing or wrong, or masks are asked for.
@@ -50,7 +51,7 @@ def build(image_set: str, args: argparse.Namespace) -> "VocDetection":
     if getattr(args, "masks", False):
         raise InputError("--masks needs COCO annotations: --dataset_file voc has boxes only")
     num_classes, names = num_classes_and_names(args)
-    transforms = make_coco_transforms(image_set, **transform_sizes(args))
+    transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return VocDetection(_root(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,
                         remove_difficult=bool(args.remove_difficult) and image_set == "train")
 

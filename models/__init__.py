@@ -24,6 +24,11 @@ LAST_COCO_THING = 90  # COCO's panoptic categories up to this id are things, tho
 PATCH_CLASSES = 2  # UP-DETR's labels: 1 for a patch; 0 is unused, 2 (no object) comes on top
 
 
+def coco_is_thing_map(num_classes: int) -> Dict[int, bool]:
+    """Which of COCO's panoptic classes are things."""
+    return {label: label <= LAST_COCO_THING for label in range(num_classes)}
+
+
 def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]] = None
                 ) -> Tuple[nn.Module, nn.Module, Dict[str, nn.Module]]:
     """Build what the flags describe, on `args.device`; flags left open are resolved first (see `util.recipes`).
@@ -65,12 +70,11 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
         model = DETRsegm(model, freeze_detr=bool(args.frozen_weights), softmax_per_head=args.mask_softmax == "per_head",
                          map_channels=backbone[0].finer_channels)
         losses.append("masks")
+        # As published, these weights stand under the earlier layers' names too, although those predict no masks.
         weights.update(loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
         postprocessors["segm"] = PostProcessSegm()
         if args.dataset_file == "coco_panoptic":
-            if is_thing_map is None:
-                is_thing_map = {label: label <= LAST_COCO_THING for label in range(num_classes)}
-            postprocessors["panoptic"] = PostProcessPanoptic(is_thing_map)
+            postprocessors["panoptic"] = PostProcessPanoptic(is_thing_map or coco_is_thing_map(num_classes))
     matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou,
                                args.num_queries // args.num_patches if pretraining and args.match_within_group else None,
                                FocalClassification(args.focal_alpha) if deformable else SoftmaxClassification())

@@ -25,12 +25,16 @@ PALETTE = ((230, 25, 75), (0, 130, 200), (255, 225, 25), (60, 180, 75), (245, 13
 
 
 class LabelledBox(NamedTuple):
-    """What to draw: a box (left, top, right, bottom) in pixels of the image, its colour and, unless empty, a text."""
+    """What to draw: a box (left, top, right, bottom) in pixels of the image, its colour and, unless empty, a text.
+
+    Without a frame there is the text alone, beside the box.
+    """
 
     box: Rectangle
     colour: Colour
     text: str = ""
     dashed: bool = False
+    framed: bool = True
 
 
 def distinct_colour(number: int) -> Colour:
@@ -73,7 +77,8 @@ def draw_boxes(image: Tensor, boxes: Sequence[LabelledBox]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     scaled = [_inside(tuple(scale * side for side in item.box), size) for item in boxes]
     for item, rectangle in reversed(list(zip(boxes, scaled))):
-        _draw_frame(draw, rectangle, item, width=max(3, round(max(size) / 280)))
+        if item.framed:
+            _draw_frame(draw, rectangle, item, width=max(3, round(max(size) / 280)))
     text_size = min(max(round(max(size) / 44), 14), 28)
     taken: List[Rectangle] = []
     for item, rectangle in zip(boxes, scaled):

@@ -5,10 +5,10 @@ from typing import Any, Dict, NamedTuple, Optional, Set
 from torch import Tensor, nn
 
 from main import get_args_parser
-from models import build_model
+from models import NUM_CLASSES, build_model, coco_is_thing_map
 from models.backbone import LAYERS
 from util import recipes
-from util.checkpoint import describe_kind, load_checkpoint, load_model_strictly, model_state
+from util.checkpoint import describe_kind, detector_of, load_checkpoint, load_model_strictly, model_state
 from util.errors import InputError
 
 DETECTOR, PRETRAINED = "coco", "imagenet"  # the --dataset_file whose models they are
@@ -25,11 +25,13 @@ RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False),
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode on its device, the flags that describe it, and the names of its classes by id."""
+    """A model in evaluation mode on its device, the flags that describe it, and by class id its name and, of a model
+    for panoptic segmentation, whether it is a thing."""
 
     model: nn.Module
     args: argparse.Namespace
     class_names: Dict[int, str]
+    is_thing_map: Dict[int, bool]
 
 
 def load_model(location: str, kind: str, device: Optional[str] = None, **given: Any) -> Loaded:
@@ -60,10 +62,15 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
     for name, value in {**given, **architecture(state, location, nheads)}.items():
         if value is not None:
             setattr(args, name, value)
+    if args.masks and args.mask_softmax is None:
+        args.mask_softmax = stored.get("mask_softmax")
     recipes.resolve(args)
     model = build_model(args)[0]
     load_model_strictly(model, checkpoint, location)
-    return Loaded(model.eval(), args, checkpoint.get("class_names") or {})
+    is_thing_map = checkpoint.get("is_thing_map") or {}
+    if args.masks and args.num_classes == NUM_CLASSES["coco_panoptic"] and not is_thing_map:
+        is_thing_map = coco_is_thing_map(args.num_classes)  # the number of classes of the published models alone
+    return Loaded(model.eval(), args, checkpoint.get("class_names") or {}, is_thing_map)
 
 
 def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
@@ -71,7 +78,7 @@ def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
     if is_deformable(state):
         needed = ("class_embed.0.weight", "bbox_embed.0.layers.0.weight", "input_proj.0.0.weight")
     holds = f"--checkpoint {location} holds {describe_kind(state)}"
-    if any(name not in state for name in needed):
+    if any(name not in detector_of(state) for name in needed):
         raise InputError(f"{holds}; this program shows DETR, Deformable DETR and UP-DETR models")
     pretrained = "patch2query.weight" in state
     if pretrained and kind == DETECTOR:
@@ -83,15 +90,16 @@ def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
 
 
 def architecture(state: Dict[str, Tensor], location: str, nheads: int = 8) -> Dict[str, Any]:
-    """The flags that the tensors of a DETR, UP-DETR or Deformable DETR tell, if it has so many attention heads.
+    """The flags that the tensors of a DETR, with or without masks, UP-DETR or Deformable DETR tell, if it has so many heads.
 
     Raises:
         InputError: if its backbone is no ResNet that can be built, or the heads don't fit.
     """
     if is_deformable(state):
         return _deformable_architecture(state, location, nheads)
+    whole, state = state, detector_of(state)
     num_queries, hidden_dim = state["query_embed.weight"].shape
-    told = {
+    told: Dict[str, Any] = {
         "num_queries": num_queries, "hidden_dim": hidden_dim,
         "dim_feedforward": len(state["transformer.decoder.layers.0.linear1.weight"]),
         "enc_layers": len(_next_parts(state, "transformer.encoder.layers.")),
@@ -104,6 +112,9 @@ def architecture(state: Dict[str, Tensor], location: str, nheads: int = 8) -> Di
         told["feature_recon"] = "feature_align.layers.0.weight" in state
     else:
         told["num_classes"] = len(state["class_embed.weight"]) - 1
+    if "mask_head.lay1.weight" in whole:
+        # The head's first convolution sees the projected map and an attention map for each head.
+        told.update(masks=True, nheads=len(whole["mask_head.lay1.weight"]) - hidden_dim)
     return told
 
 

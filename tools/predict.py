@@ -6,11 +6,19 @@ object,
     {"file_name": "photos/a.jpg", "category_id": 18, "category_name": "dog", "bbox": [x, y, w, h], "score": 0.98}
 
 with the box in pixels of the image file (EXIF orientation ignored, as in training), left, top, width, height; boxes may
-reach a little over the edges, as in `main.py --eval`. Images in which nothing is found have no entry.
+reach a little over the edges, as in `main.py --eval`. Images in which nothing is found have no entry. A model with a
+mask head also gives each object's mask as "segmentation", COCO's compressed run lengths.
+
+A model that was trained on panoptic data divides each image into segments instead: panoptic.json has an entry for each
+image,
+
+    {"file_name": "photos/a.jpg", "png_file_name": "panoptic/a.png",
+     "segments_info": [{"id": 0, "category_id": 18, "category_name": "dog", "isthing": true, "area": 5120}]}
+
+where the PNG holds the pixels' segment ids in COCO's way (red + 256 green + 256² blue).
 """
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -21,13 +29,15 @@ from datasets.coco import class_names, make_coco_transforms, read_ground_truth
 from datasets.image_io import UnreadableImage, read_image
 from datasets.pretext import list_images
 from models import build_postprocess
-from tools.drawing import LabelledBox, distinct_colour, draw_boxes
+from models.segmentation import PostProcessPanoptic, PostProcessSegm
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import write_json_lines, writing
+from tools.views import ObjectView, PanopticView
 from util.errors import InputError, run_program
 from util.misc import nested_tensor_from_tensor_list
 
-COCO_NUM_CLASSES = 91
+COCO_NUM_CLASSES = (91, 250)  # of the published detectors and panoptic models
+VIEWS = {"boxes": 0.7, "masks": 0.7, "panoptic": 0.85}  # what can be shown, and the least score for it
 
 
 class Source(NamedTuple):
@@ -46,14 +56,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser, "a trained detector")
     parser.add_argument("--output_dir", default="outputs/predict",
                         help="folder for pictures and JSON (outputs/predict)")
-    parser.add_argument("--threshold", type=float, default=0.7, help="least score of what is shown and written (0.7)")
+    parser.add_argument("--show", choices=tuple(VIEWS),
+                        help="boxes alone, masks too, or panoptic maps (the last of these that the model can)")
+    parser.add_argument("--threshold", type=float,
+                        help="least score of what is shown and written (0.7; panoptic: 0.85)")
     parser.add_argument("--classes", metavar="JSON", help="COCO annotation file with the names of the classes "
-                        "(those in the checkpoint; for 91 classes without names COCO's)")
+                        "(those in the checkpoint; for 91 or 250 classes without names COCO's); of a panoptic file "
+                        "also which are things")
     parser.add_argument("--batch_size", type=int, default=1, help="images at a time; padding among unequal ones "
                         "changes scores slightly (1)")
     parser.add_argument("--val_size", type=int,
                         help="short side that images are resized to (as in the training's evaluation)")
     parser.add_argument("--max_size", type=int, help="largest long side (likewise)")
+    parser.add_argument("--mask_softmax", choices=("joint", "per_head"),
+                        help="of a mask model's attention maps, see main.py (as in the training, else joint)")
     return parser
 
 
@@ -100,11 +116,12 @@ def names_of_classes(loaded: Loaded, annotation_file: Optional[str]) -> Dict[int
     """Names by class id: the annotation file's if given, else the checkpoint's, else COCO's for as many classes."""
     if annotation_file:
         return class_names(read_ground_truth(annotation_file))
-    if loaded.class_names or loaded.args.num_classes != COCO_NUM_CLASSES:
+    if loaded.class_names or loaded.args.num_classes not in COCO_NUM_CLASSES:
         return loaded.class_names
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-    print("the checkpoint holds no class names; with 91 classes it is taken for one of COCO (else give --classes)")
+    print(f"the checkpoint holds no class names; with {loaded.args.num_classes} classes it is taken for one of COCO "
+          "(else give --classes)")
     return dict(enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
 
 
@@ -125,82 +142,104 @@ def read_batches(sources: Sequence[Source], batch_size: int,
         yield batch
 
 
-class Detector:
-    """A loaded model with the pre- and post-processing of evaluation."""
+def is_thing_of(loaded: Loaded, annotation_file: Optional[str]) -> Dict[int, bool]:
+    """Which classes are things: as a panoptic annotation file says if given, else as the checkpoint does, else {}."""
+    categories = read_ground_truth(annotation_file)["categories"] if annotation_file else []
+    told = {category["id"]: bool(category["isthing"]) for category in categories if "isthing" in category}
+    return told or loaded.is_thing_map
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.model, self.device = loaded.model, torch.device(loaded.args.device)
+
+class Detector:
+    """A loaded model with the pre- and post-processing of evaluation.
+
+    Args:
+        threshold: least score of what is found.
+        with_masks: also find the masks of objects.
+        is_thing_map: find panoptic maps instead of objects; whether each class is a thing.
+    """
+
+    def __init__(self, loaded: Loaded, threshold: float = 0.0, with_masks: bool = False,
+                 is_thing_map: Optional[Dict[int, bool]] = None) -> None:
+        self.model, self.device, self.threshold = loaded.model, torch.device(loaded.args.device), threshold
+        if loaded.args.masks:
+            # Masks take most of the time. What is below the threshold needs none.
+            loaded.model.min_score = threshold
+            self.model = loaded.model if with_masks or is_thing_map else loaded.model.detr
         self.transforms = make_coco_transforms("val", val_size=loaded.args.val_size, max_size=loaded.args.max_size)
-        self.postprocess = build_postprocess(loaded.args)
+        self.postprocess, self.with_masks, self.segm = build_postprocess(loaded.args), with_masks, PostProcessSegm()
+        self.panoptic = PostProcessPanoptic(is_thing_map, threshold) if is_thing_map else None
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Tensor]) -> List[Dict[str, Tensor]]:
+    def __call__(self, images: Sequence[Tensor]) -> List[Dict[str, Any]]:
         """Find objects in images, uint8 [3, Hi, Wi].
 
         Returns:
-            for each image `scores` [N] in 0..1, `labels` int64 [N] and `boxes` [N, 4] as xyxy pixels, on the CPU, best
-            first.
+            for each image `scores` [N] in 0..1, `labels` int64 [N], `boxes` [N, 4] as xyxy pixels and with masks
+            `masks` bool [N, 1, Hi, Wi], on the CPU, best first; or what `PostProcessPanoptic` returns.
         """
-        samples = nested_tensor_from_tensor_list([self.transforms(image)[0] for image in images]).to(self.device)
-        sizes = torch.tensor([image.shape[-2:] for image in images], device=self.device)
-        results = []
-        for result in self.postprocess(self.model(samples), sizes):
+        samples = nested_tensor_from_tensor_list([self.transforms(image)[0] for image in images])
+        inside = ~samples.mask
+        resized = torch.stack([inside[:, :, 0].sum(1), inside[:, 0].sum(1)], dim=1)
+        originals = torch.tensor([image.shape[-2:] for image in images])
+        outputs = self.model(samples.to(self.device))
+        if self.panoptic:
+            return self.panoptic(outputs, resized, originals)
+        results, masks = [], []
+        for i, result in enumerate(self.postprocess(outputs, originals.to(self.device))):
             order = result["scores"].argsort(descending=True)
+            order = order[result["scores"][order] >= self.threshold]
             results.append({name: value[order].cpu() for name, value in result.items()})
-        return results
+            if self.with_masks:
+                masks.append(outputs["pred_masks"][i, order].cpu())
+        return self.segm(results, {"pred_masks": masks}, originals, resized) if self.with_masks else results
 
 
-def to_entries(path: Path, found: Dict[str, Tensor], names: Dict[int, str], threshold: float) -> List[Dict[str, Any]]:
-    """Detections of one image as entries of detections.json (see the module's text)."""
-    entries = []
-    columns = (found[name].tolist() for name in ("scores", "labels", "boxes"))
-    for score, label, (left, top, right, bottom) in zip(*columns):
-        if score >= threshold:
-            box = [round(number, 3) for number in (left, top, right - left, bottom - top)]
-            entries.append({"file_name": str(path), "category_id": label,
-                            "category_name": names.get(label, f"class {label}"), "bbox": box, "score": round(score, 5)})
-    return entries
+def view_of(loaded: Loaded, things: Dict[int, bool], asked: Optional[str]) -> str:
+    """What is to be shown: what is asked for, or the most that the model can.
 
-
-def draw_entries(image: Tensor, entries: Sequence[Dict[str, Any]], path: Path) -> None:
-    """Write the picture of one image with its detections."""
-    boxes = []
-    for entry in entries:
-        left, top, width, height = entry["bbox"]
-        boxes.append(LabelledBox((left, top, left + width, top + height), distinct_colour(entry["category_id"]),
-                                 f"{entry['category_name']} {entry['score']:.2f}"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_boxes(image, boxes).save(path, quality=92, subsampling=0)
+    Raises:
+        InputError: if the model can't show what is asked for.
+    """
+    able = ["boxes"] + ["masks"] * bool(loaded.args.masks) + ["panoptic"] * bool(loaded.args.masks and things)
+    if asked and asked not in able:
+        reason = ("which classes are things? give a panoptic annotation file as --classes" if loaded.args.masks else
+                  "the model has no mask head (see main.py --masks)")
+        raise InputError(f"--show {asked}: {reason}")
+    return asked or able[-1]
 
 
 def main(args: argparse.Namespace) -> None:
     """Detect, draw and write; exits with status 1 at the end if some images could not be read."""
-    if not 0 <= args.threshold <= 1:
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold} is not within 0 and 1")
     for name in ("batch_size", "val_size", "max_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} is not at least 1")
     sources = find_images(args.images, args.output_dir)
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
-                        val_size=args.val_size, max_size=args.max_size)
-    names, detector = names_of_classes(loaded, args.classes), Detector(loaded)
+                        val_size=args.val_size, max_size=args.max_size, mask_softmax=args.mask_softmax)
+    names, things = names_of_classes(loaded, args.classes), is_thing_of(loaded, args.classes)
+    show = view_of(loaded, things, args.show)
+    view = (PanopticView if show == "panoptic" else ObjectView)(names)
+    detector = Detector(loaded, VIEWS[show] if args.threshold is None else args.threshold, show == "masks",
+                        things if show == "panoptic" else None)
     entries: List[Dict[str, Any]] = []
     failed: List[Path] = []
     for batch in read_batches(sources, args.batch_size, failed):
         for (source, image), found in zip(batch, detector([image for _, image in batch])):
-            mine = to_entries(source.path, found, names, args.threshold)
             with writing("--output_dir", args.output_dir):
-                draw_entries(image, mine, source.picture)
-            counts = Counter(entry["category_name"] for entry in mine)
-            listed = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+                mine = view.entries(source.path, found, source.picture, args.output_dir)
+                view.draw(image, found, mine, source.picture)
+            listed = ", ".join(f"{count} {name}" for name, count in view.counts(mine).most_common()) or "nothing"
             print(f"{source.path}: {listed}", flush=True)
             entries += mine
     if len(failed) == len(sources):
         raise InputError(f"none of the {len(sources)} images can be read")
-    json_path = Path(args.output_dir) / "detections.json"
+    json_path = Path(args.output_dir) / view.json_name
     with writing("--output_dir", args.output_dir):
         write_json_lines(json_path, entries)
-    print(f"{len(entries)} objects in {len(sources) - len(failed)} images: {json_path}, pictures beside it")
+    print(f"{sum(view.counts(entries).values())} {view.counted} in {len(sources) - len(failed)} images: {json_path}, "
+          "pictures beside it")
     if failed:
         print(f"{len(failed)} of {len(sources)} images could not be read", file=sys.stderr)
         sys.exit(1)

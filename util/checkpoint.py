@@ -152,7 +152,7 @@ def describe_kind(state: Dict[str, Tensor]) -> str:
     if "patch2query.weight" in state:
         return "an UP-DETR pre-training model"
     if any(name.startswith("mask_head.") for name in state):
-        detector = _detector_of(state)
+        detector = detector_of(state)
         return "a DETR with a mask head" if detector is state else describe_kind(detector) + " and a mask head"
     if "transformer.level_embed" in state:
         return _describe_deformable(state)
@@ -172,10 +172,10 @@ def _describe_deformable(state: Dict[str, Tensor]) -> str:
 
 def num_outputs(state: Dict[str, Tensor]) -> int:
     """How many classes a detector tells apart, no object included; 0 for other models."""
-    return len(_detector_of(state).get("class_embed.weight", ()))
+    return len(detector_of(state).get("class_embed.weight", ()))
 
 
-def _detector_of(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+def detector_of(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """The tensors of the detector inside a model with a mask head, named as in the detector alone; those of another
     model as they are."""
     inner = {name.removeprefix(MASKED): value for name, value in state.items() if name.startswith(MASKED)}

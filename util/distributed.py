@@ -3,7 +3,8 @@ import argparse
 import contextlib
 import datetime
 import os
-from typing import Any, Dict, Iterator, List
+import re
+from typing import Any, Dict, Iterator, List, Mapping
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,11 @@ def get_rank() -> int:
     return dist.get_rank() if is_dist_avail_and_initialized() else 0
 
 
+def get_local_rank() -> int:
+    """Number of this process on its node, as torchrun or srun says."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", get_rank())))
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes files and talks to the console."""
     return get_rank() == 0
@@ -46,7 +52,7 @@ def barrier() -> None:
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
     """Let the first process of each node run the block before its others: for downloads into a shared cache."""
-    first = int(os.environ.get("LOCAL_RANK", get_rank())) == 0
+    first = get_local_rank() == 0
     if not first:
         barrier()
     yield
@@ -93,33 +99,65 @@ def reduce_dict(input_dict: Dict[str, torch.Tensor], average: bool = True) -> Di
 def init_distributed_mode(args: argparse.Namespace) -> None:
     """Join the process group that a launcher describes in the environment, if any.
 
-    Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID, SLURM_NTASKS,
-    SLURM_LOCALID; the address of the first process must then be in `--dist_url` or MASTER_ADDR and MASTER_PORT).
+    Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID,
+    SLURM_STEP_NUM_TASKS, SLURM_LOCALID; see `slurm_rendezvous` for how its processes find each other).
     Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu`; CUDA processes use NCCL, others gloo.
     """
     environment = os.environ
+    by_slurm = False
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         local_rank = int(environment.get("LOCAL_RANK", getattr(args, "local_rank", None) or 0))
-    elif "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        by_slurm = True
+        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
         local_rank = int(environment["SLURM_LOCALID"])
     else:
         if getattr(args, "world_size", 1) > 1:
             raise InputError(f"--world_size {args.world_size} needs that many processes: start main.py through torchrun, "
                              "which sets RANK and WORLD_SIZE")
+        if "SLURM_STEP_ID" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+            print_main(f"this Slurm job has {environment['SLURM_NTASKS']} tasks, but this process was started without "
+                       "srun and runs alone")
         args.distributed, args.rank, args.world_size, args.gpu = False, 0, 1, 0
         return
     args.distributed, args.rank, args.world_size, args.gpu = True, rank, world_size, local_rank
     use_cuda = torch.device(args.device).type == "cuda"
     if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"process {rank} needs GPU {local_rank} but this machine has {torch.cuda.device_count()}: "
-                             "start fewer processes per node or pass --device cpu")
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if use_cuda else "gloo", init_method=args.dist_url, world_size=world_size, rank=rank,
+        args.gpu = _gpu_of(rank, local_rank, torch.cuda.device_count(), by_slurm)
+        torch.cuda.set_device(args.gpu)
+    url = slurm_rendezvous(environment) if by_slurm and args.dist_url == "env://" else args.dist_url
+    dist.init_process_group("nccl" if use_cuda else "gloo", init_method=url, world_size=world_size, rank=rank,
                             timeout=datetime.timedelta(minutes=30))
-    print_main(f"distributed: {world_size} processes, {dist.get_backend()}, {args.dist_url}")
+    print_main(f"distributed: {world_size} processes, {dist.get_backend()}, {url}")
+
+
+def _gpu_of(rank: int, local_rank: int, visible: int, by_slurm: bool) -> int:
+    if by_slurm and visible == 1:
+        return 0  # `--gpus-per-task` and `--gpu-bind` show every task its own GPU alone
+    if local_rank >= visible:
+        raise InputError(f"process {rank} needs GPU {local_rank} but this machine has {visible}: "
+                         "start fewer processes per node or pass --device cpu")
+    return local_rank
+
+
+def slurm_rendezvous(environment: Mapping[str, str]) -> str:
+    """Where the processes of a job step meet, as `tcp://host:port`, worked out alike by each of them.
+
+    The host is that of process 0, the first of the step's nodes. The port lies in 20000 … 29999 and depends on the job,
+    the step and how often the job was requeued, so that a requeued job doesn't meet what is left of its former run.
+    MASTER_ADDR and MASTER_PORT are used instead where they are set.
+    """
+    job, step, restart = (int(environment.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    host = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+    port = environment.get("MASTER_PORT") or 20000 + (101 * job + 11 * step + restart) % 10000
+    return f"tcp://{host}:{port}"
+
+
+def first_host(node_list: str) -> str:
+    """The first name in Slurm's short way of writing names: "gpu[07-09,12],cpu1" begins with gpu07."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def shutdown() -> None:

@@ -1,4 +1,5 @@
 """The exception for mistakes that a user can mend, and how programs report it."""
+import io
 import sys
 from typing import Callable
 
@@ -14,7 +15,12 @@ class InputError(ValueError):
 
 def run_program(program: Callable[[], None]) -> None:
     """Run a command line program: mistakes in its input end in one line and exit status 2, numbers that go wrong in one line
-    and status 3; anything else is a fault of ours and keeps its traceback."""
+    and status 3; anything else is a fault of ours and keeps its traceback.
+
+    Output reaches a file or a pipe line by line, as it does a terminal, so that a log can be followed.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         program()
     except InputError as error:

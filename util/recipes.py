@@ -56,6 +56,8 @@ FLAGS_OF = {
     "remove_difficult": ("voc",), "num_classes": ("coco", "coco_panoptic", "voc"),
     **{name: ("coco", "coco_panoptic") for name in (
         "masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")},
+    **{name: ("coco", "coco_panoptic") for name in (
+        "train_images", "train_annotations", "val_images", "val_annotations")},
     **{name: ("imagenet",) for name in (
         "imagenet_path", "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
         "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
@@ -70,7 +72,7 @@ MODEL_OF = {
         "lr_linear_proj_names", "lr_linear_proj_mult")},
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size", "num_feature_levels", "enc_n_points", "dec_n_points")
+                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points")
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 REQUIRED_PATHS = {"coco": ("coco_path",), "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
                   "imagenet": ("imagenet_path",)}
@@ -142,12 +144,17 @@ def _check_values(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} has no effect without --masks")
     if args.frozen_weights and args.pretrain:
         raise InputError(f"--pretrain {args.pretrain} has no effect with --frozen_weights, which fills the detector")
+    if args.tensorboard and (args.eval or not args.output_dir):
+        raise InputError("--tensorboard writes down a training in --output_dir; "
+                         + ("--eval doesn't train" if args.eval else "that flag is missing"))
     if args.fre_cnn and args.lr_backbone:
         raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
 
 
 def require_data(args: argparse.Namespace) -> None:
     """Raise InputError unless the flags that say where the data set lies were given."""
+    if args.train_annotations or args.val_annotations:
+        return  # files named one by one: the data sets say what else they need
     for flag in REQUIRED_PATHS[args.dataset_file]:
         if not getattr(args, flag):
             raise InputError(f"--{flag} is missing: where is the data set? (--coco_path, --voc_path, or "

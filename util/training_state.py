@@ -1,9 +1,10 @@
 """What a training run carries from epoch to epoch, how it is saved and how it goes on."""
 import argparse
+import contextlib
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 from torch import nn
@@ -91,13 +92,15 @@ def find_resume(args: argparse.Namespace) -> str:
 def open_log(output_dir: str, first_epoch: int) -> None:
     """Make log.txt ready for `first_epoch`: lines of that epoch and later ones, of a run that is now redone, go."""
     path = os.path.join(output_dir, "log.txt")
-    if not os.path.exists(path):
-        return
-    with open(path) as file:
-        kept = [line for line in file if _epoch_of(line) < first_epoch]
-    with open(path + ".tmp", "w") as file:
-        file.writelines(kept)
-    os.replace(path + ".tmp", path)
+    with _writing(path):
+        os.makedirs(output_dir, exist_ok=True)
+        if not os.path.exists(path):
+            return
+        with open(path) as file:
+            kept = [line for line in file if _epoch_of(line) < first_epoch]
+        with open(path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)
 
 
 def _epoch_of(line: str) -> float:
@@ -109,5 +112,14 @@ def _epoch_of(line: str) -> float:
 
 def append_log(output_dir: str, stats: Dict[str, Any]) -> None:
     """Add one epoch's line to log.txt."""
-    with open(os.path.join(output_dir, "log.txt"), "a") as file:
+    path = os.path.join(output_dir, "log.txt")
+    with _writing(path), open(path, "a") as file:
         file.write(json.dumps(stats) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"could not write {path} ({error.strerror})") from error

@@ -170,6 +170,67 @@ def test_evaluation_needs_only_the_validation_annotations(world):
         num_classes_and_names(arguments(world.root))
 
 
+def move(world):
+    """Gives the files names of their own; returns the flags that name them."""
+    (world.root / "annotations/instances_train2017.json").rename(world.root / "boxes.json")
+    (world.root / "train2017").rename(world.root / "pictures")
+    return dict(train_images="pictures", train_annotations="boxes.json")
+
+
+def test_own_names_are_relative_to_coco_path(world):
+    args = arguments(world.root, **move(world))
+    assert num_classes_and_names(args) == (5, {1: "cat", 4: "dog"})
+    dataset = build_dataset("train", args)
+    assert dataset[0][0].shape[0] == 3 and dataset.source == world.root / "boxes.json"
+    assert len(build_dataset("val", args)) == 3, "the other part keeps COCO's names"
+
+
+def test_own_names_may_be_absolute_and_need_no_coco_path(world, tmp_path_factory, monkeypatch):
+    own = move(world)
+    absolute = {name: str(world.root / path) for name, path in own.items()}
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    assert len(build_dataset("train", arguments(None, coco_path=None, **absolute))) == 3
+    assert len(build_dataset("train", arguments(elsewhere, **absolute))) == 3
+    monkeypatch.chdir(world.root)
+    args = arguments(None, coco_path=None, **own)
+    assert len(build_dataset("train", args)) == 3, "relative to where the program runs"
+    with pytest.raises(InputError, match="--coco_path is needed, .* or --val_images and --val_annotations"):
+        build_dataset("val", args)
+    with pytest.raises(InputError, match="--train_annotations is needed with --train_images, or --coco_path"):
+        build_dataset("train", arguments(None, coco_path=None, train_images="pictures", num_classes=5))
+
+
+def test_evaluation_of_an_own_set_needs_its_validation_part_alone(world):
+    args = arguments(None, coco_path=None, eval=True, val_images=str(world.root / "val2017"),
+                     val_annotations=str(world.root / "annotations/instances_val2017.json"))
+    assert num_classes_and_names(args)[0] == 5 and len(build_dataset("val", args)) == 3
+    with pytest.raises(InputError, match="--coco_path is needed, .* or --val_annotations"):
+        num_classes_and_names(arguments(None, coco_path=None, eval=True))
+
+
+@pytest.mark.parametrize("image_set", ["train", "val"])
+def test_overfitting_takes_the_first_training_images_without_augmentation(world, image_set):
+    (world.root / "annotations/instances_val2017.json").unlink()
+    dataset = build_dataset(image_set, arguments(world.root, overfit=2, val_size=80))
+    assert len(dataset) == 2 and [int(dataset[i][1]["image_id"]) for i in range(2)] == [3, 5]
+    first = dataset[0][0]
+    assert first.shape == (3, 80, 120)
+    for epoch in range(1, 5):
+        dataset.set_epoch(epoch)
+        assert torch.equal(dataset[0][0], first)
+    assert len(get_coco_api_from_dataset(dataset).anns) == 5
+
+
+def test_overfitting_needs_images_and_objects(world):
+    with pytest.raises(InputError, match="--overfit 4 is more than the 3 images of .*instances_train2017.json"):
+        build_dataset("train", arguments(world.root, overfit=4))
+    content = ground_truth()
+    content["annotations"] = content["annotations"][4:]
+    world(content)
+    with pytest.raises(InputError, match="--overfit 2: the first 2 images of .* have no objects"):
+        build_dataset("train", arguments(world.root, overfit=2))
+
+
 def test_missing_area_and_iscrowd_are_filled_in(world):
     content = ground_truth()
     del content["annotations"][0]["area"], content["annotations"][0]["iscrowd"]

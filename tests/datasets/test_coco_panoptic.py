@@ -147,6 +147,22 @@ def test_the_pngs_may_lie_beside_the_json(world):
     assert dataset.coco_panoptic_json == world.root / "annotations/panoptic_val2017.json"
 
 
+def test_own_names(world):
+    """The PNGs' folder is named as the file, beside it or in --coco_panoptic_path."""
+    (world.root / "annotations/panoptic_train2017.json").rename(world.root / "annotations/own.json")
+    (world.root / "panoptic_train2017").rename(world.root / "own")
+    (world.root / "train2017").rename(world.root / "pictures")
+    flags = dict(train_images="pictures", train_annotations="annotations/own.json")
+    assert build_dataset("train", arguments(world.root, **flags))[1][1]["masks"].shape[0] == 3
+    (world.root / "own").rename(world.root / "annotations/own")
+    absolute = {name: str(world.root / path) for name, path in flags.items()}
+    args = arguments(None, coco_path=None, coco_panoptic_path=None, **absolute)
+    assert build_dataset("train", args)[1][1]["masks"].shape[0] == 3
+    assert is_thing_map(args)[2]
+    with pytest.raises(InputError, match="--coco_panoptic_path is needed, .*, or --val_annotations"):
+        build_dataset("val", args)
+
+
 def test_segments_are_the_ground_truth_of_boxes_and_masks(world):
     dataset = build_dataset("val", arguments(world.root))
     coco = get_coco_api_from_dataset(Subset(dataset, [0]))

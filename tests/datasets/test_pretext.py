@@ -440,3 +440,17 @@ def test_names_of_any_bytes_survive(tmp_path):
     write_image(tmp_path / "x.png").rename(tmp_path / name)
     dataset = build_dataset("train", arguments(tmp_path))
     assert list(dataset.files) == [name] and dataset[0][0].shape[0] == 3
+
+
+@pytest.mark.parametrize("image_set", ["train", "val"])
+def test_overfitting_shows_the_first_images_with_the_same_patches(folder, image_set):
+    dataset = build_dataset(image_set, arguments(folder, overfit=3))
+    assert len(dataset) == 3
+    image, patches, target = dataset[2]
+    assert target["image_id"].tolist() == [2] and target["control_patches"].shape == patches.shape
+    dataset.set_epoch(7)
+    assert torch.equal(dataset[2][1], patches) and torch.equal(dataset[2][0], image)
+    with pytest.raises(InputError, match="--overfit 7 is more than the 6 images of"):
+        build_dataset(image_set, arguments(folder, overfit=7))
+    with pytest.raises(InputError, match="--overfit 1: a pre-training needs two images at least"):
+        build_dataset(image_set, arguments(folder, overfit=1))

@@ -139,6 +139,8 @@ def test_full_disk_keeps_the_earlier_checkpoint(coco, tmp_path):
     assert "could not write the checkpoint" in done.stderr and "is intact" in done.stderr
     assert (tmp_path / "checkpoint.pth").read_bytes() == earlier
     assert not list(tmp_path.glob("*.tmp"))
+    run([*command, "--epochs", "2"])  # redoes the epoch that wasn't saved, and its line of the log
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]
 
 
 def test_unreadable_pretraining_images_are_replaced_up_to_a_limit(toy, tmp_path):

@@ -56,7 +56,8 @@ def segm_model(panoptic, box_model, tmp_path_factory):
     """The second: a mask head on that, with no backbone to be had from anywhere."""
     out = tmp_path_factory.mktemp("segm_model")
     run(["main.py", *"--masks --epochs 25 --lr_drop 15".split(), *panoptic, "--frozen_weights", box_model,
-         "--output_dir", out, *SMALL_COCO, *ONE_EPOCH], env={"TORCH_HOME": str(out), "https_proxy": "http://127.0.0.1:9"})
+         "--output_dir", out, *SMALL_COCO, *ONE_EPOCH],
+        env={"TORCH_HOME": str(out), "https_proxy": "http://127.0.0.1:9"})
     return out / "checkpoint.pth"
 
 

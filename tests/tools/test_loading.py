@@ -43,7 +43,7 @@ def test_the_tensors_of_published_models_tell_their_flags(published: Dict[str, A
                                      {"position_embedding": "learned", "nheads": 2, "dec_layers": 1}])
 def test_our_checkpoint_comes_back_whole(save_model: Callable[..., Path], changes: Dict[str, Any]) -> None:
     path = save_model("model.pth", class_names={1: "disc"}, val_size=64, **changes)
-    model, args, class_names = load_model(str(path), DETECTOR, "cpu")
+    model, args, class_names, _ = load_model(str(path), DETECTOR, "cpu")
     assert not model.training and class_names == {1: "disc"} and args.val_size == 64 and args.max_size == 1333
     assert args.nheads == changes.get("nheads", 4)
     stored = torch.load(path, weights_only=True)["model"]

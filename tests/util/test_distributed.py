@@ -80,7 +80,8 @@ def test_gradients_of_two_processes_average_to_those_of_one(two):
 
 @pytest.fixture
 def no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS",
+                 "SLURM_LOCALID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -109,20 +110,55 @@ def test_several_processes_need_a_launcher(no_launcher):
         distributed.init_distributed_mode(args)
 
 
-def test_slurm_is_understood(no_launcher, monkeypatch, tmp_path):
-    """A job of one process on one node has a rank too; a job step of several joins a group."""
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    args = argparse.Namespace(device="cpu", dist_url="env://", world_size=1)
-    distributed.init_distributed_mode(args)
-    assert not args.distributed
-    script = ("import argparse, sys\nfrom util import distributed\n"
-              f"args = argparse.Namespace(device='cpu', dist_url='file://{tmp_path}/meet', world_size=1)\n"
+SLURM_STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
+
+
+def test_slurm_is_understood(no_launcher, monkeypatch, capsys):
+    """A step of one task has a rank too; a job's script, started once whatever its tasks, isn't a step."""
+    for environment in ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, {"SLURM_NTASKS": "2"}):
+        with monkeypatch.context() as slurm:
+            for name, value in {"SLURM_PROCID": "0", **environment}.items():
+                slurm.setenv(name, value)
+            args = argparse.Namespace(device="cpu", dist_url="env://", world_size=1)
+            distributed.init_distributed_mode(args)
+            assert not args.distributed
+    assert capsys.readouterr().out == ("this Slurm job has 2 tasks, but this process was started without srun and runs "
+                                       "alone\n")
+
+
+def test_tasks_of_a_slurm_step_meet(no_launcher):
+    """As srun starts them, on the first of its nodes; twice, as a requeued job does. Process 1 is alone on its node."""
+    script = ("import argparse\nfrom util import distributed\n"
+              "args = argparse.Namespace(device='cpu', dist_url='env://', world_size=1)\n"
               "distributed.init_distributed_mode(args)\n"
-              "print(args.rank, args.gpu, distributed.all_gather(args.rank))\ndistributed.shutdown()\n")
-    processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
-                                  env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2",
-                                       "SLURM_LOCALID": "0"})
-                 for rank in range(2)]
-    lines = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-    assert lines == ["0 0 [0, 1]", "1 0 [0, 1]"]
+              "print(args.rank, args.gpu, distributed.get_local_rank(), distributed.all_gather(args.rank))\n"
+              "distributed.shutdown()\n")
+    processes = [[subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={
+                      **os.environ, **SLURM_STEP, "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
+                      "SLURM_STEP_NODELIST": "localhost", "SLURM_RESTART_COUNT": str(restart)}) for rank in range(2)]
+                 for restart in range(2)]
+    lines = [[process.communicate(timeout=120)[0].splitlines()[-1] for process in run] for run in processes]
+    assert lines == [["0 0 0 [0, 1]", "1 0 0 [0, 1]"]] * 2
+
+
+def test_where_the_tasks_of_a_step_meet():
+    environment = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[07-08]"}
+    # 101 * 4711 + 11 * 2 = 475833
+    assert distributed.slurm_rendezvous(environment) == "tcp://gpu07:25833"
+    assert distributed.slurm_rendezvous({**environment, "SLURM_RESTART_COUNT": "3"}) == "tcp://gpu07:25836"
+    assert distributed.slurm_rendezvous({**environment, "MASTER_ADDR": "here", "MASTER_PORT": "1234"}) == "tcp://here:1234"
+
+
+@pytest.mark.parametrize("names, first", [
+    ("node1", "node1"), ("b,a", "b"), ("gpu[07-09,12],cpu1", "gpu07"), ("n[3]", "n3"), ("a1,b[1-2]", "a1"),
+    ("rack[1-2]n[05,07-08]", "rack1n05"), ("c-01[1-2].local,d", "c-011.local")])
+def test_first_host(names, first):
+    assert distributed.first_host(names) == first
+
+
+def test_gpu_of_a_process():
+    assert [distributed._gpu_of(5, local, 4, by_slurm=False) for local in range(4)] == [0, 1, 2, 3]
+    assert distributed._gpu_of(1, 1, 1, by_slurm=True) == 0, "Slurm may show each task its own GPU alone"
+    for visible, by_slurm in ((1, False), (2, True)):
+        with pytest.raises(InputError, match=f"^process 6 needs GPU 2 but this machine has {visible}: start fewer"):
+            distributed._gpu_of(6, 2, visible, by_slurm)

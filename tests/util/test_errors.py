@@ -1,4 +1,5 @@
 """A mistake of the user ends a program in one line; a fault of ours keeps its traceback."""
+import select
 import subprocess
 import sys
 
@@ -48,3 +49,15 @@ def test_as_a_program(root):
               "run_program(lambda: load_checkpoint('nowhere.pth'))")
     result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: --resume nowhere.pth: no such file\n")
+
+
+def test_output_reaches_a_pipe_line_by_line(root):
+    """A line is there while the program still runs, also one that was printed without flushing."""
+    script = "import time; from util.errors import run_program; run_program(lambda: (print('first'), time.sleep(60)))"
+    program = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True)
+    try:
+        assert select.select([program.stdout], [], [], 30)[0], "nothing came"
+        assert program.stdout.readline() == "first\n" and program.poll() is None
+    finally:
+        program.kill()
+        program.communicate()

@@ -92,6 +92,8 @@ def test_resolving_twice_changes_nothing(flags):
     ("coco", ("--feature_recon",), "--feature_recon has no effect with --dataset_file coco; it belongs to imagenet"),
     ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet"),
     ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
+    ("voc", ("--train_images", "x"),
+     "--train_images has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
     ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco and "
      "coco_panoptic"),
     ("imagenet", ("--num_classes", 3),
@@ -130,7 +132,7 @@ def test_every_flag_left_open_has_a_default_somewhere():
     itself = {"amp", "num_classes", "dataset_file", "coco_path", "coco_panoptic_path", "voc_path", "imagenet_path",
               "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "local_rank"}
+              "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -163,6 +165,14 @@ def test_width_must_suit_heads_and_positions():
             resolved(*flags)
 
 
+def test_tensorboard_follows_a_training_with_a_folder():
+    assert resolved("--tensorboard", "--output_dir", "out").tensorboard
+    with pytest.raises(InputError, match="^--tensorboard writes down a training in --output_dir; that flag is missing$"):
+        resolved("--tensorboard")
+    with pytest.raises(InputError, match="^--tensorboard .*; --eval doesn't train$"):
+        resolved("--tensorboard", "--output_dir", "out", "--eval")
+
+
 @pytest.mark.parametrize("dataset, flag", [("coco", "coco_path"), ("coco_panoptic", "coco_path"), ("voc", "voc_path"),
                                            ("imagenet", "imagenet_path")])
 def test_data_must_be_somewhere(dataset, flag):
@@ -175,6 +185,11 @@ def test_panoptic_data_lies_in_two_places():
     with pytest.raises(InputError, match="^--coco_panoptic_path is missing: where is the data set"):
         recipes.require_data(resolved("--dataset_file", "coco_panoptic", "--coco_path", "images"))
     recipes.require_data(resolved("--coco_path", "images", "--coco_panoptic_path", "annotations"))
+
+
+def test_own_files_are_data_too():
+    recipes.require_data(resolved("--train_images", "a", "--train_annotations", "b.json"))
+    recipes.require_data(resolved("--val_images", "a", "--val_annotations", "b.json", "--eval"))
 
 
 def test_the_start_of_the_log_names_every_value():
@@ -192,7 +207,8 @@ def test_the_start_of_the_log_names_every_value():
 OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone", "--num_classes",
        "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
-       "--crop_size", "--val_size", "--max_size", "--eval_every", "--mask_softmax", "--local_rank", "--local-rank"}
+       "--crop_size", "--val_size", "--max_size", "--eval_every", "--mask_softmax", "--local_rank", "--local-rank",
+       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard"}
 # Flags that an original accepts in a training where they do nothing; here they are refused there.
 WITHOUT_EFFECT = {"updetr_pretrain": {"--mask_loss_coef", "--dice_loss_coef"}}
 RECIPE_FLAGS = {"detr": (), "updetr_finetune": (), "updetr_pretrain": ("--dataset_file", "imagenet")}

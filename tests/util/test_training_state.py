@@ -122,5 +122,12 @@ def test_log_lines_of_epochs_that_are_redone_go(tmp_path):
 
 
 def test_a_new_log_needs_nothing(tmp_path):
-    open_log(str(tmp_path), first_epoch=0)
-    assert list(tmp_path.iterdir()) == []
+    open_log(str(tmp_path / "new" / "folder"), first_epoch=0)
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for write in (lambda folder: open_log(folder, 0), lambda folder: append_log(folder, {"epoch": 0})):
+        with pytest.raises(InputError, match=r"^could not write .*/file/log.txt \((File exists|Not a directory)\)$"):
+            write(str(tmp_path / "file"))

@@ -1,0 +1,110 @@
+"""The two ways in which `tools.predict` shows what a model finds: objects one by one, or a map of all pixels."""
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as mask_codec
+from torch import Tensor
+
+from tools.drawing import Colour, LabelledBox, distinct_colour, draw_boxes
+from tools.mask_drawing import ColouredMask, colours_of_segments, innermost_point, lay_over
+from util.panoptic_ids import rgb_to_ids
+
+
+class ObjectView:
+    """Objects found in images: their entries in the JSON file, and pictures with boxes and masks, if there are any."""
+
+    json_name, counted = "detections.json", "objects"
+
+    def __init__(self, names: Dict[int, str]) -> None:
+        self.names = names
+
+    def entries(self, path: Path, found: Dict[str, Tensor], picture: Path, output_dir: str) -> List[Dict[str, Any]]:
+        """Entries of the image at `path`, as `tools.predict` describes them."""
+        entries = []
+        masks = encode_masks(found["masks"]) if "masks" in found else [{}] * len(found["scores"])
+        columns = (found[name].tolist() for name in ("scores", "labels", "boxes"))
+        for score, label, (left, top, right, bottom), mask in zip(*columns, masks):
+            box = [round(number, 3) for number in (left, top, right - left, bottom - top)]
+            entries.append({"file_name": str(path), "category_id": label, "category_name": name_of(label, self.names),
+                            "bbox": box, "score": round(score, 5), **mask})
+        return entries
+
+    def counts(self, entries: Sequence[Dict[str, Any]]) -> Counter:
+        """How many objects of each class there are."""
+        return Counter(entry["category_name"] for entry in entries)
+
+    def draw(self, image: Tensor, found: Dict[str, Tensor], entries: Sequence[Dict[str, Any]], path: Path) -> None:
+        """Write the picture of one image. With masks each object has a colour of its own, else each class."""
+        if "masks" in found:
+            colours = [distinct_colour(number) for number in range(len(entries))]
+            image = lay_over(image, [ColouredMask(mask[0], colour) for mask, colour in zip(found["masks"], colours)])
+        else:
+            colours = [distinct_colour(entry["category_id"]) for entry in entries]
+        draw_entries(image, entries, path, colours)
+
+
+class PanopticView:
+    """Panoptic maps: their entries in the JSON file, PNGs of ids, and pictures with the segments laid over."""
+
+    json_name, counted = "panoptic.json", "segments"
+
+    def __init__(self, names: Dict[int, str]) -> None:
+        self.names = names
+
+    def entries(self, path: Path, found: Dict[str, Any], picture: Path, output_dir: str) -> List[Dict[str, Any]]:
+        """The entry of the image at `path`, as `tools.predict` describes it; its PNG of ids is written."""
+        place = Path("panoptic") / picture.relative_to(output_dir).with_suffix(".png")
+        (Path(output_dir) / place).parent.mkdir(parents=True, exist_ok=True)
+        (Path(output_dir) / place).write_bytes(found["png_string"])
+        segments = [{**segment, "category_name": name_of(segment["category_id"], self.names)}
+                    for segment in found["segments_info"]]
+        return [{"file_name": str(path), "png_file_name": place.as_posix(), "segments_info": segments}]
+
+    def counts(self, entries: Sequence[Dict[str, Any]]) -> Counter:
+        """How many segments of each class there are."""
+        return Counter(segment["category_name"] for entry in entries for segment in entry["segments_info"])
+
+    def draw(self, image: Tensor, found: Dict[str, Any], entries: Sequence[Dict[str, Any]], path: Path) -> None:
+        """Write the picture of one image; each segment's name stands where it is widest."""
+        with Image.open(io.BytesIO(found["png_string"])) as picture:
+            ids = torch.from_numpy(rgb_to_ids(np.asarray(picture)))
+        segments = entries[0]["segments_info"]
+        masks = [ids == segment["id"] for segment in segments]
+        colours = colours_of_segments([segment["isthing"] for segment in segments],
+                                      [segment["category_id"] for segment in segments])
+        points = [innermost_point(mask) for mask in masks]
+        labels = [LabelledBox((x, y, x, y), colour, segment["category_name"], framed=False)
+                  for (x, y), colour, segment in zip(points, colours, segments)]
+        save_picture(lay_over(image, [ColouredMask(*pair) for pair in zip(masks, colours)]), labels, path)
+
+
+def encode_masks(masks: Tensor) -> List[Dict[str, Any]]:
+    """Masks, bool [N, 1, H, W], as the segmentation of a JSON entry: COCO's compressed run lengths."""
+    encoded = mask_codec.encode(np.asfortranarray(masks[:, 0].permute(1, 2, 0).numpy().astype(np.uint8)))
+    return [{"segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")}} for code in encoded]
+
+
+def name_of(label: int, names: Dict[int, str]) -> str:
+    """The class's name, or its number where there is none."""
+    return names.get(label, f"class {label}")
+
+
+def draw_entries(image: Tensor, entries: Sequence[Dict[str, Any]], path: Path, colours: Sequence[Colour]) -> None:
+    """Write the picture of one image with its detections."""
+    boxes = []
+    for entry, colour in zip(entries, colours):
+        left, top, width, height = entry["bbox"]
+        boxes.append(LabelledBox((left, top, left + width, top + height), colour,
+                                 f"{entry['category_name']} {entry['score']:.2f}"))
+    save_picture(image, boxes, path)
+
+
+def save_picture(image: Tensor, boxes: Sequence[LabelledBox], path: Path) -> None:
+    """Write an image, uint8 [3, H, W], with boxes and texts on it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_boxes(image, boxes).save(path, quality=92, subsampling=0)

@@ -1,0 +1,90 @@
+"""What follows a training beside its console lines: an estimate of its time, and TensorBoard."""
+import argparse
+import datetime
+import os
+import time
+from typing import Any, Dict, Iterator, Optional, Tuple
+
+from util.distributed import is_main_process, print_main
+from util.errors import InputError
+from util.metric_logger import MetricLogger
+from util.plot_utils import COCO_FIELDS
+
+ESTIMATE_AFTER = 20  # steps
+
+
+class Progress:
+    """Follows a training from `first_epoch` on. Every process has one; only the main process's says anything.
+
+    With `--tensorboard`, scalars go to `tensorboard/` in the output directory: `step/*` over a process's steps since
+    epoch 0, `epoch/*` over the epochs. A resumed run goes on where its first epoch belongs; what an earlier run wrote from
+    there on TensorBoard then hides.
+
+    Args:
+        args: `tensorboard`, `output_dir` and `epochs` are read.
+        steps: batches that a process takes in an epoch.
+
+    Raises:
+        InputError: if `--tensorboard` is given and its package isn't installed.
+    """
+
+    def __init__(self, args: argparse.Namespace, first_epoch: int, steps: int) -> None:
+        self.first_epoch, self.epochs, self.steps = first_epoch, args.epochs, steps
+        self.started: Optional[float] = None
+        self.writer = _writer(args.output_dir, first_epoch * steps) if args.tensorboard else None
+
+    def line(self, epoch: int, step: int, logger: MetricLogger) -> None:
+        """Called where a console line of the training is printed: after step 0, 10, 20, … and the last of an epoch."""
+        if epoch == self.first_epoch:
+            self._estimate(step)
+        if self.writer:
+            for name, meter in logger.meters.items():
+                if not name.endswith("_unscaled"):
+                    self.writer.add_scalar(f"step/{name}", meter.avg, epoch * self.steps + step)
+
+    def epoch(self, epoch: int, figures: Dict[str, Any]) -> None:
+        """Called after each epoch with the figures of its line in log.txt."""
+        if self.writer:
+            for name, value in _scalars(figures):
+                self.writer.add_scalar(f"epoch/{name}", value, epoch)
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Called at the end."""
+        if self.writer:
+            self.writer.close()
+
+    def _estimate(self, step: int) -> None:
+        # From the end of the first step: what that one takes longer, to set up, isn't repeated.
+        if step == 0:
+            self.started = time.perf_counter()
+        elif step == ESTIMATE_AFTER and self.started is not None:
+            seconds = (time.perf_counter() - self.started) / step * self.steps
+            epoch, total = (datetime.timedelta(seconds=round(number)) for number in (
+                seconds, seconds * (self.epochs - self.first_epoch)))
+            print_main(f"estimated time: {epoch} per epoch, {total} to the end of epoch {self.epochs - 1}, evaluations "
+                       "not counted")
+
+
+def _writer(output_dir: str, first_step: int) -> Any:
+    """TensorBoard's writer on the main process, None on the others."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(f"--tensorboard needs the package tensorboard, which can't be imported ({error}): "
+                         "pip install -r requirements/tensorboard.txt") from error
+    if not is_main_process():
+        return None
+    return SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=first_step)
+
+
+def _scalars(figures: Dict[str, Any]) -> Iterator[Tuple[str, float]]:
+    """The numbers in a line of log.txt by name; those of COCO's evaluation are called `test_bbox_AP` and so on."""
+    for name, value in figures.items():
+        if name.startswith("test_coco_eval_"):
+            kind = name.removeprefix("test_coco_eval_")
+            yield from ((f"test_{kind}_{field}", value[i]) for field, i in COCO_FIELDS.items() if field != "mAP")
+        elif isinstance(value, dict):
+            yield from ((f"{name}_{part}", number) for part, number in value.items())
+        elif isinstance(value, (int, float)) and name not in ("epoch", "n_parameters"):
+            yield name, value
