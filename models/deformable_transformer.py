@@ -123,10 +123,11 @@ class DeformableTransformerDecoder(nn.Module):
     def _refined(self, layer: int, tgt: Tensor, reference: Tensor) -> Tensor:
         """The next layer's reference, without a gradient: that of a layer's boxes ends at the reference it was given."""
         if self.bbox_embed is not None:
-            with torch.no_grad():
-                for i, head in enumerate(self.bbox_embed):  # TorchScript takes no variable index
-                    if i == layer:
-                        reference = move_boxes(reference, head(tgt))
+            for i, head in enumerate(self.bbox_embed):  # TorchScript takes no variable index
+                if i == layer:
+                    # Not under no_grad: autocast keeps the weights that it rounds there, and the head's own use of them
+                    # later would then have no gradient (torch 2.4).
+                    reference = move_boxes(reference, head(tgt)).detach()
         return reference
 
 

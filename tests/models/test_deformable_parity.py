@@ -1,5 +1,6 @@
 """Parity with the Deformable DETR of Hugging Face's `transformers`, which shares no code with ours: the same random weights
 must give the same predictions in every variant, and the same predictions the same losses."""
+import copy
 import re
 
 import pytest
@@ -63,7 +64,7 @@ def hugging_face_model(args):
     stages = ["stage2", "stage3", "stage4"][-min(args.num_feature_levels, 3):]
     backbone = ResNetConfig(embedding_size=64, hidden_sizes=layers[1], depths=layers[2], layer_type=layers[0],
                             out_features=stages)
-    return DeformableDetrForObjectDetection(DeformableDetrConfig(
+    model = DeformableDetrForObjectDetection(DeformableDetrConfig(
         use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone,
         d_model=args.hidden_dim, encoder_layers=args.enc_layers, decoder_layers=args.dec_layers,
         encoder_ffn_dim=args.dim_feedforward, decoder_ffn_dim=args.dim_feedforward, encoder_attention_heads=args.nheads,
@@ -71,6 +72,12 @@ def hugging_face_model(args):
         num_queries=args.num_queries, num_labels=args.num_classes, num_feature_levels=args.num_feature_levels,
         with_box_refine=args.with_box_refine, two_stage=args.two_stage, two_stage_num_proposals=args.num_queries,
         class_cost=int(args.set_cost_class), dropout=0.0, disable_custom_kernels=True))
+    if args.with_box_refine:
+        # Since its version 5 the library gives all layers one class head here, unlike its earlier ones and the paper's weights.
+        model.class_embed = nn.ModuleList(copy.deepcopy(head) for head in model.class_embed)
+        if args.two_stage:
+            model.model.decoder.class_embed = model.class_embed
+    return model
 
 
 @torch.no_grad()
