@@ -21,6 +21,7 @@ from util.distributed import get_rank, get_world_size, init_distributed_mode, is
 from util.errors import InputError, run_program
 from util.misc import collate_fn
 from util.progress import Progress
+from util.schedule import build_scheduler, drops_after
 from util.summary import evaluation_summary, training_summary
 from util.training_state import TrainingState, append_log, find_resume, open_log
 
@@ -46,6 +47,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--epochs", type=int, help="300; Deformable DETR: 50; pre-training: 60")
     group.add_argument("--lr_drop", type=int,
                        help="epochs after which all rates fall to a tenth (200; Deformable DETR and pre-training: 40)")
+    group.add_argument("--lr_drop_epochs", type=int, nargs="+", metavar="EPOCH",
+                       help="numbers of epochs after which they do so, instead of --lr_drop")
     group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 instead of AdamW")
     group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient norm to clip to; 0 for no clipping")
     group.add_argument("--accumulate_steps", default=1, type=int, help="batches per optimizer step")
@@ -100,7 +103,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--bbox_loss_coef", default=5, type=float)
     group.add_argument("--giou_loss_coef", default=2, type=float)
     group.add_argument("--eos_coef", type=float, help="weight of the no-object class (0.1; pre-training: patches / queries)")
-
     group.add_argument("--focal_alpha", type=float, help="Deformable DETR: weight of a query's own class (0.25)")
 
     group = parser.add_argument_group("masks")
@@ -245,7 +247,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
         state.lr_scheduler.step()
         test_stats: Dict[str, Any] = {}
         files = []
-        if (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0:
+        if drops_after(epoch, args) or (epoch + 1) % 100 == 0:
             files.append(f"checkpoint{epoch:04}.pth")
         if evaluation and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
             test_stats, figure = evaluation.run(state.model)
@@ -348,7 +350,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model, criterion, postprocessors = build_model(args, things)
     optimizer = build_optimizer(model, args)
-    state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
+    state = TrainingState(model, optimizer, build_scheduler(optimizer, args),
                           torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch,
                           is_thing_map=things)
     torch.manual_seed(args.seed + get_rank())  # from here on processes draw their own dropout

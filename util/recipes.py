@@ -147,6 +147,10 @@ def _check_values(args: argparse.Namespace) -> None:
     if args.tensorboard and (args.eval or not args.output_dir):
         raise InputError("--tensorboard writes down a training in --output_dir; "
                          + ("--eval doesn't train" if args.eval else "that flag is missing"))
+    if args.lr_drop_epochs and args.lr_drop is not None:
+        raise InputError(f"--lr_drop {args.lr_drop} has no effect with --lr_drop_epochs")
+    if args.lr_drop_epochs and min(args.lr_drop_epochs) < 1:
+        raise InputError(f"--lr_drop_epochs {min(args.lr_drop_epochs)} must be at least 1")
     if args.fre_cnn and args.lr_backbone:
         raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
 
