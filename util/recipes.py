@@ -2,7 +2,7 @@
 import argparse
 import math
 import os
-from typing import Any, Callable, Dict, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 
@@ -10,12 +10,17 @@ from util.errors import InputError
 
 Default = Union[Any, Callable[[argparse.Namespace], Any]]
 
+
+def _position_scale(args: argparse.Namespace) -> Optional[float]:
+    return 2 * math.pi if args.position_embedding == "sine" else None
+
+
 _LABELLED: Dict[str, Default] = {
     "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False,
 }
 _DETR: Dict[str, Default] = {
     "lr": 1e-4, "lr_backbone_names": ["backbone."], "num_queries": 100, "dim_feedforward": 2048, "pre_norm": False,
-    "position_embedding_scale": 2 * math.pi, "set_cost_class": 1.0, "cls_loss_coef": 1.0,
+    "position_embedding_scale": _position_scale, "set_cost_class": 1.0, "cls_loss_coef": 1.0,
 }
 _DETR_LABELLED: Dict[str, Default] = {
     **_LABELLED, **_DETR, "epochs": 300, "lr_drop": 200, "lr_backbone": 1e-5, "eos_coef": 0.1, "masks": False,
@@ -24,7 +29,7 @@ _DETR_LABELLED: Dict[str, Default] = {
 _DEFORMABLE_LABELLED: Dict[str, Default] = {
     **_LABELLED, "epochs": 50, "lr_drop": 40, "lr": 2e-4, "lr_backbone": 2e-5, "lr_backbone_names": ["backbone.0"],
     "lr_linear_proj_names": ["reference_points", "sampling_offsets"], "lr_linear_proj_mult": 0.1, "num_queries": 300,
-    "dim_feedforward": 1024, "position_embedding_scale": 2 * math.pi, "num_feature_levels": 4, "enc_n_points": 4,
+    "dim_feedforward": 1024, "position_embedding_scale": _position_scale, "num_feature_levels": 4, "enc_n_points": 4,
     "dec_n_points": 4, "with_box_refine": False, "two_stage": False, "set_cost_class": 2.0, "cls_loss_coef": 2.0,
     "focal_alpha": 0.25,
 }
