@@ -1,4 +1,5 @@
 """Deformable DETR as a whole: refinement and two stages traced by hand, its laws, and where it has to run."""
+import inspect
 import math
 
 import pytest
@@ -316,6 +317,8 @@ class Predictions(nn.Module):
         return out["pred_logits"], out["pred_boxes"]
 
 
+@pytest.mark.skipif("dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters,
+                    reason="this torch's exporter of traced programs is an early one that writes few models")
 def test_onnx_gives_the_same(build, tmp_path):
     pytest.importorskip("onnxscript", reason="torch exports to ONNX with the package onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
