@@ -206,7 +206,7 @@ class DeformableTransformer(nn.Module):
         sides: List[Tensor] = []
         for i, (height, width) in enumerate(encoded.levels.shapes):
             sides.append(torch.full([height * width, 2], finest_side * 2 ** i, device=encoded.centres.device))
-        boxes = torch.cat([encoded.centres, torch.cat(sides).expand(len(encoded.centres), -1, -1)], dim=-1)
+        boxes = torch.cat([encoded.centres, torch.cat(sides).expand(encoded.centres.shape[0], -1, -1)], dim=-1)
         inside = ((boxes > margin) & (boxes < 1 - margin)).all(-1, keepdim=True)
         left_out = encoded.padding[:, :, None] | ~inside
         features = self.enc_output_norm(self.enc_output(encoded.memory.masked_fill(left_out, 0.0)))

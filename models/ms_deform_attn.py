@@ -45,11 +45,17 @@ def sample_and_sum(value: Tensor, levels: Levels, locations: Tensor, weights: Te
     """
     value, locations, weights = _widened(value), _widened(locations), _widened(weights)
     if not torch.jit.is_scripting():
-        if torch.onnx.is_in_onnx_export():
+        if _is_exporting():
             return _sample_map_by_map(value, levels, locations, weights)
         return _Sampling.apply(value, levels, locations, weights)
     indices, row_weights = _rows(value, levels, locations, weights)
     return _sum_of_rows(value, indices, row_weights)
+
+
+def _is_exporting() -> bool:
+    """Whether the model is being traced into a program, by torch.export or for ONNX."""
+    by_torch_export = getattr(torch.compiler, "is_exporting", None)  # of later versions of torch
+    return torch.onnx.is_in_onnx_export() or (by_torch_export is not None and by_torch_export())
 
 
 def _widened(x: Tensor) -> Tensor:
