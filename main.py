@@ -2,6 +2,7 @@
 import argparse
 import datetime
 import functools
+import inspect
 import resource
 import time
 from typing import Any, Dict, List, Optional, Tuple
@@ -326,6 +327,7 @@ def describe_classes(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
         if stored > args.num_classes:
             print_main(f"{stored} classes as in {whole}; the annotations need {args.num_classes}")
             args.num_classes = stored
+            class_names = {**(checkpoint.get("class_names") or {}), **class_names}
     return class_names, is_thing_map(args) if args.dataset_file == "coco_panoptic" else {}
 
 
@@ -365,8 +367,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         wrapped = model
         if args.distributed:
-            # Buffers are constants here (frozen batch norms, masks): nothing to broadcast.
-            wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
+            # Buffers are constants here (frozen batch norms, masks): nothing to broadcast at each step.
+            parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
+            wrapped = nn.parallel.DistributedDataParallel(model, **{sync: False},
                                                           find_unused_parameters=has_idle_heads(args),
                                                           device_ids=[args.gpu] if device.type == "cuda" else None)
         train(state, wrapped, criterion, evaluation, args)

@@ -17,21 +17,21 @@ from datasets.image_io import UnreadableImage, read_image
 from util.errors import InputError
 
 __all__ = [
-    "KINDS", "Fault", "Problem", "category_problems", "decode_segmentation", "draw_segmentation",
+    "KINDS", "Fault", "Problem", "box_faults", "category_problems", "decode_segmentation", "draw_segmentation",
     "ground_truth_problems", "image_entry_problems", "is_box", "is_count", "mask_box_fault", "object_faults",
     "place_faults", "raise_first", "read_labelled_image",
 ]
 
 # Every kind of problem, and what it means.
 KINDS = {
-    "json": "a file is missing, or not what it should be",
+    "json": "an annotation file or a folder that is missing or not what it should be",
     "image_entry": "an image without a usable id, file name or size",
     "image_id": "two images with one id",
     "file_name": "two images with one file",
     "image_file": "an image that is missing or cannot be decoded",
     "image_size": "an image file of another size than annotated",
     "image_small": "an image too small to pre-train on",
-    "category_entry": "a category whose id or name is not its own, or that says neither thing nor stuff",
+    "category_entry": "a category whose id or name another one has",
     "annotation_entry": "an annotation without a usable id, or of an unknown image",
     "annotation_id": "two annotations with one id",
     "category": "an object of an unknown category",
@@ -51,6 +51,7 @@ KINDS = {
 # A box may reach over the edge by so many pixels, and miss its mask's by the larger of so many and a share of its side.
 _OVERHANG = 1.0
 _MASK_SLACK, _MASK_SLACK_SHARE = 2.0, 0.1
+_LARGEST_COORDINATE = 1e5  # of a polygon, in pixels
 
 
 class Fault(NamedTuple):
@@ -94,7 +95,7 @@ class Problem:
     @property
     def sentence(self) -> str:
         """The whole sentence."""
-        return f"{self.where} {self.fault}"
+        return f"{self.where} {self.fault}".rstrip()
 
 
 def raise_first(problems: Iterable[Problem]) -> list[Problem]:
@@ -281,7 +282,7 @@ def draw_segmentation(
     """
     try:
         return decode_segmentation(annotation["segmentation"], height, width), None
-    except Exception as error:  # pycocotools raises plain Exception, and others of its C code, on bad input
+    except Exception as error:  # whatever the JSON holds instead: pycocotools raises plain Exception, too
         return None, Problem(
             "segmentation", f"annotation id {annotation['id']} (image id {annotation['image_id']}) of {source}",
             f"has a segmentation that cannot be drawn on {width}x{height} pixels ({error})", annotation=position)
@@ -291,20 +292,50 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int) -> n
     """Draws a segmentation: a list of polygons, or run lengths (compressed or not), as bool [height, width].
 
     Raises:
-        ValueError: run lengths for another size or number of pixels; pycocotools raises others for what it can't draw.
+        ValueError: damaged run lengths, or such for another size or number of pixels; an impossible coordinate. Python
+            and pycocotools raise other exceptions for what isn't a segmentation at all.
     """
     if isinstance(segmentation, dict):
         if list(segmentation["size"]) != [height, width]:
             raise ValueError(f"it is made for {segmentation['size'][1]}x{segmentation['size'][0]}")
         counts = segmentation["counts"]
-        if isinstance(counts, list) and sum(counts) != height * width:
+        counts = counts if isinstance(counts, list) else _run_lengths(counts)
+        if not all(map(is_count, counts)):
+            raise ValueError("its run lengths are not whole numbers from 0 up")
+        if sum(counts) != height * width:
             raise ValueError(f"its run lengths make {sum(counts)} pixels")
-        encoded = mask_codec.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
-        return mask_codec.decode(encoded).astype(bool)
+        return mask_codec.decode(mask_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)) > 0
     polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
     if not polygons:
         return np.zeros((height, width), dtype=bool)
+    for value in (value for polygon in polygons for value in polygon):
+        if not _is_number(value) or abs(value) > _LARGEST_COORDINATE:  # pycocotools would crash the process
+            raise ValueError(f"it has the coordinate {value}")
     return mask_codec.decode(mask_codec.frPyObjects(polygons, height, width)).any(axis=2)
+
+
+def _run_lengths(text: str | bytes) -> list[int]:
+    """Unpacks COCO's compressed run lengths, since pycocotools reads outside its memory where they are damaged.
+
+    A character holds 5 bits, the lowest first, and whether another follows; a number is signed, and from the fourth on
+    counted from the one two places before.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for code in text if isinstance(text, bytes) else text.encode():
+        bits = code - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"its run lengths have the character {chr(code)!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("its run lengths end in the middle of a number")
+    return counts
 
 
 def mask_box_fault(mask: np.ndarray, box: list[float]) -> Fault | None:

@@ -24,7 +24,7 @@ from util.errors import InputError
 
 __all__ = [
     "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "image_folder",
-    "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of",
+    "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of", "paths",
     "read_ground_truth", "report_left_out", "training_categories", "transform_sizes",
 ]
 
@@ -48,7 +48,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     Raises:
         InputError: something in the folder or the annotations is missing or wrong.
     """
-    folder, ann_file = _paths(image_set, args)
+    folder, ann_file = paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
@@ -465,8 +465,12 @@ def _ann_file(image_set: str, args: argparse.Namespace) -> Path | None:
     return locate(args, "coco_path", f"{image_set}_annotations", f"annotations/instances_{image_set}2017.json")
 
 
-def _paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the image folder and the annotation file of an image set."""
+def paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
+    """Returns the image folder and the annotation file of an image set.
+
+    Raises:
+        InputError: no flag says where they are.
+    """
     folder, ann_file = image_folder(image_set, args), _ann_file(image_set, args)
     if ann_file is None:
         raise InputError(f"--{image_set}_annotations is needed with --{image_set}_images, or --coco_path")

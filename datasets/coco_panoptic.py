@@ -21,7 +21,7 @@ from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, rea
 from util.distributed import print_main
 from util.errors import InputError
 
-__all__ = ["CocoPanoptic", "build", "is_thing_map", "num_classes_and_names"]
+__all__ = ["CocoPanoptic", "build", "is_thing_map", "num_classes_and_names", "paths"]
 
 
 def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "CocoPanoptic":
@@ -41,13 +41,15 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     Raises:
         InputError: something in the folders or the annotations is missing or wrong.
     """
-    ann_folder, ann_file = _paths(image_set, args)
+    ann_folder, ann_file = paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     dataset = CocoPanoptic(image_folder(image_set, args), ann_folder, ann_file, transforms,
                            getattr(args, "masks", False), seed=args.seed, num_classes=num_classes)
     if image_set == "val" and args.coco_path and not getattr(args, "val_annotations", None):
         dataset.instances = _read_instances(Path(args.coco_path) / "annotations" / "instances_val2017.json", dataset)
+    if image_set == "val" and dataset.return_masks:
+        _check_categories(dataset, args)
     return dataset
 
 
@@ -201,14 +203,27 @@ def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
     return index_ground_truth(content)
 
 
+def _check_categories(dataset: CocoPanoptic, args: argparse.Namespace) -> None:
+    """Raises InputError if panoptic maps may hold a category of the training that their ground truth doesn't list."""
+    listed = {category["id"] for category in dataset.coco.dataset["categories"]}
+    ann_file, trained = training_categories(args, _ann_file)
+    for category in trained["categories"]:
+        if category["id"] not in listed:
+            raise InputError(f"category id {category['id']} of {ann_file} is missing among the categories of "
+                             f"{dataset.source}; list it there, even if no segment is of it")
+
+
 def _ann_file(image_set: str, args: argparse.Namespace) -> Path | None:
     return locate(args, "coco_panoptic_path", f"{image_set}_annotations", f"annotations/panoptic_{image_set}2017.json")
 
 
-def _paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
+def paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
     """Returns the folder of the PNGs and the panoptic file of an image set.
 
     The PNGs lie in a folder that is named as the file, beside it, as in COCO's archive, or in `coco_panoptic_path`.
+
+    Raises:
+        InputError: no flag says where they are.
     """
     ann_file = _ann_file(image_set, args)
     if ann_file is None:

@@ -129,7 +129,7 @@ def _entry_problems(
     for number, segment in enumerate(annotation["segments_info"]):
         place = {"annotation": position, "segment": number}
         segment_id = _id(segment)
-        if not is_count(segment_id) or not VOID < segment_id <= _LARGEST_ID:
+        if not _is_segment_id(segment_id):
             yield Problem("annotation_entry", f"image id {image['id']} of {source}", "has a segment without an id from "
                           f"1 to {_LARGEST_ID}: {str(segment)[:200]}", **place)
             continue
@@ -157,7 +157,7 @@ def segment_problems(
     found.pop(VOID, None)
     where_image = f"(image id {annotation['image_id']}) of {source}"
     for number, segment in enumerate(annotation["segments_info"]):
-        if not is_count(_id(segment)):
+        if not _is_segment_id(_id(segment)):
             continue
         where, place = f"segment id {segment['id']} {where_image}", {"annotation": position, "segment": number}
         pixels = found.pop(segment["id"], 0)
@@ -178,3 +178,7 @@ def segment_problems(
 
 def _id(entry: object) -> object:
     return entry.get("id") if isinstance(entry, dict) else None
+
+
+def _is_segment_id(value: object) -> bool:
+    return is_count(value) and VOID < value <= _LARGEST_ID

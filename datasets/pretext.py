@@ -32,8 +32,8 @@ PRETRAIN_MAX_SIZE = 600
 PATCH_LABEL = 1
 
 # Images with a shorter side than this, in pixels, are icons and thumbnails: there is nothing in them to find.
-_MIN_IMAGE_SIDE = 16
-_UNREADABLE_SHARE = 0.01
+MIN_IMAGE_SIDE = 16
+UNREADABLE_SHARE = 0.01
 _USABLE, _UNREADABLE, _TOO_SMALL = 0, 1, 2
 
 
@@ -225,8 +225,8 @@ class PretextDataset(Dataset):
                              f"images at least, but {root} has one")
         if patch_size < 2:
             raise InputError(f"--patch_size {patch_size} must be at least 2")
-        if min(sizes) < _MIN_IMAGE_SIDE:
-            raise InputError(f"--pretrain_sizes {min(sizes)} must be at least {_MIN_IMAGE_SIDE}")
+        if min(sizes) < MIN_IMAGE_SIDE:
+            raise InputError(f"--pretrain_sizes {min(sizes)} must be at least {MIN_IMAGE_SIDE}")
         self.root = Path(root)
         self.files = _PathTable(files)
         self.proposer = proposer
@@ -324,7 +324,7 @@ class PretextDataset(Dataset):
                 self._mark_unreadable(index, error)
                 continue
             boxes = None
-            if min(orig_size) >= _MIN_IMAGE_SIDE:
+            if min(orig_size) >= MIN_IMAGE_SIDE:
                 image = T.resize_to(image, T.resized_size(*orig_size, short_side, self.max_size))
                 boxes = self.proposer(image, rng)
             if boxes is not None:
@@ -341,9 +341,9 @@ class PretextDataset(Dataset):
 
     def _refuse_too_many(self, example: str) -> None:
         count = len(self._indices(_UNREADABLE))
-        if count > max(1, _UNREADABLE_SHARE * len(self)):
+        if count > max(1, UNREADABLE_SHARE * len(self)):
             raise InputError(f"{count} of the {len(self)} images of {self.root} cannot be read, which is more than "
-                             f"{_UNREADABLE_SHARE:.0%}; {example}")
+                             f"{UNREADABLE_SHARE:.0%}; {example}")
 
     def _indices(self, state: int) -> Tensor:
         return (self._state == state).nonzero()[:, 0]

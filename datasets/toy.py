@@ -17,16 +17,13 @@ and its own region of every photograph. Each image depends on (seed, part, index
 """
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
@@ -37,6 +34,7 @@ from PIL import Image, ImageFilter
 from datasets.toy_scene import (CLASS_NAMES, CLASSES, PARTS, PHOTOGRAPHS, STUFF_IDS, STUFF_NAMES, Array, Instance, Scene,
                                 ToySettings, background_region, load_photograph, render_scene)
 from util.errors import InputError, run_program
+from util.parallel import imap_in_processes
 
 Json = Dict[str, Any]
 
@@ -263,25 +261,7 @@ def map_in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], num_wo
     """
     for index in range(len(PHOTOGRAPHS)):
         load_photograph(index)  # before the workers start: one clear error, and forked workers inherit what is read
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_workers <= 1:
-        return [function(job) for job in jobs]
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
-    try:
-        return list(pool.map(function, jobs))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupted run must not finish all jobs first
-
-
-def _end_with_parent() -> None:
-    """Let this worker process end when its parent is killed, rather than wait for jobs for ever."""
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    return list(imap_in_processes(function, jobs, num_workers))
 
 
 def _write_images(root: Path, settings: ToySettings, num_workers: Optional[int]) -> Dict[str, List[Json]]:

@@ -5,15 +5,17 @@ import argparse
 import functools
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets.checks import Fault, Problem, raise_first
 from datasets.coco import DetectionDataset, check_ground_truth, make_coco_transforms, transform_sizes
 from util.distributed import print_main
 from util.errors import InputError
 
-__all__ = ["VOC_CLASSES", "VocDetection", "build", "num_classes_and_names"]
+__all__ = ["Object", "Picture", "VOC_CLASSES", "VocDetection", "as_coco", "build", "class_problems", "devkit",
+           "find_pictures", "names_of", "naming_part", "num_classes_and_names"]
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -24,17 +26,21 @@ _PARTS = {"train": (("VOC2007", "trainval"), ("VOC2012", "trainval")), "val": ((
 
 
 @dataclass(frozen=True)
-class _Object:
+class Object:
+    """An annotated object; its box is x0, y0, x1, y1 in pixels counted from 0, the ends exclusive."""
+
     name: str
     box: tuple[float, float, float, float]
     difficult: bool
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
+    """An image by its name below the VOCdevkit, its annotation file and its objects."""
+
     file_name: str
     annotation: Path
-    objects: tuple[_Object, ...]
+    objects: tuple[Object, ...]
 
 
 def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "VocDetection":
@@ -52,7 +58,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Vo
         raise InputError("--masks needs COCO annotations: --dataset_file voc has boxes only")
     num_classes, names = num_classes_and_names(args)
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
-    return VocDetection(_root(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,
+    return VocDetection(devkit(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,
                         remove_difficult=bool(args.remove_difficult) and image_set == "train")
 
 
@@ -65,9 +71,8 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
     Raises:
         InputError: the folder or a file in it is missing or broken.
     """
-    root = _root(args)
-    image_set = "val" if args.eval and not any(path.is_file() for path in _lists("train", root)) else "train"
-    names = _class_names(root, image_set)
+    root = devkit(args)
+    names = _class_names(root, naming_part(args))
     return args.num_classes or len(names) + 1, dict(enumerate(names, start=1))
 
 
@@ -103,28 +108,45 @@ class VocDetection(DetectionDataset):
         remove_difficult: bool = False,
     ) -> None:
         root = Path(root)
-        ground_truth = _as_coco(_read_pictures(root, image_set), names)
+        pictures = _read_pictures(root, image_set)
+        raise_first(class_problems(pictures, names))
+        ground_truth = as_coco(pictures, names)
         check_ground_truth(ground_truth, root, num_classes or max(names) + 1)
         super().__init__(root, ground_truth, root, transforms, seed=seed, remove_difficult=remove_difficult)
 
 
-def _as_coco(pictures: tuple[_Picture, ...], names: dict[int, str]) -> dict:
-    """Turns pictures into a COCO dict; image ids count from 1 in the order of the lists."""
+def as_coco(pictures: Iterable[Picture], names: dict[int, str]) -> dict:
+    """Turns pictures into a COCO dict; image ids count from 1 in the order of the lists. Other classes are left out."""
     labels = {name: label for label, name in names.items()}
     images, annotations = [], []
     for image_id, picture in enumerate(pictures, start=1):
         images.append({"id": image_id, "file_name": picture.file_name})
         for item in picture.objects:
-            if item.name not in labels:
-                raise InputError(f"{picture.annotation} has an object of class {item.name!r}, which training lacks")
-            x0, y0, x1, y1 = item.box
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": image_id, "category_id": labels[item.name],
-                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0,
-                "difficult": int(item.difficult),
-            })
+            if item.name in labels:
+                x0, y0, x1, y1 = item.box
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": image_id, "category_id": labels[item.name],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0,
+                    "difficult": int(item.difficult),
+                })
     categories = [{"id": label, "name": name} for label, name in names.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def class_problems(pictures: Iterable[Picture], names: dict[int, str]) -> Iterator[Problem]:
+    """Finds objects of classes that are not among `names`."""
+    known = set(names.values())
+    for picture in pictures:
+        for item in picture.objects:
+            if item.name not in known:
+                yield Problem("category", str(picture.annotation),
+                              f"has an object of class {item.name!r}, which training lacks")
+
+
+def naming_part(args: argparse.Namespace) -> str:
+    """Returns the image set that the class names come from: "train", or "val" in an evaluation that has no other."""
+    has_training = any(path.is_file() for path in _lists("train", devkit(args)))
+    return "val" if args.eval and not has_training else "train"
 
 
 def _lists(image_set: str, root: Path) -> list[Path]:
@@ -132,63 +154,108 @@ def _lists(image_set: str, root: Path) -> list[Path]:
     return [root / year / "ImageSets" / "Main" / f"{part}.txt" for year, part in _PARTS[image_set]]
 
 
+def _read_pictures(root: Path, image_set: str) -> tuple[Picture, ...]:
+    """Reads all annotations of an image set.
+
+    Raises:
+        InputError: a file is missing or broken.
+    """
+    pictures, problems = find_pictures(root, image_set)
+    raise_first(problems)
+    return pictures
+
+
 @functools.lru_cache(maxsize=2)
-def _read_pictures(root: Path, image_set: str) -> tuple[_Picture, ...]:
-    """Reads all annotations of an image set; remembered, since their class names are wanted before their boxes."""
+def find_pictures(root: Path, image_set: str) -> tuple[tuple[Picture, ...], tuple[Problem, ...]]:
+    """Reads the annotations of an image set, and what is wrong with them.
+
+    The result is remembered, since the class names are wanted before the boxes.
+
+    Raises:
+        InputError: the image lists are missing or empty.
+    """
     lists = _lists(image_set, root)
     if not any(path.is_file() for path in lists):
         raise InputError(f"--voc_path {root} has no {' or '.join(str(path.relative_to(root)) for path in lists)}")
-    pictures: list[_Picture] = []
+    pictures: list[Picture] = []
+    problems: list[Problem] = []
     for path in lists:
         year = path.parents[2]
         if not path.is_file():
             print_main(f"VOC {image_set}: no images of {year.name}, {path} does not exist")
             continue
         names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-        pictures += [_read_picture(year, name) for name in names]
+        pictures += [_read_picture(year, name, problems) for name in names]
         print_main(f"VOC {image_set}: {len(names)} images of {year.name} ({path.stem})")
     if not pictures:
         raise InputError(f"the image lists {', '.join(map(str, lists))} name no images")
-    return tuple(pictures)
+    return pictures, problems
 
 
 @functools.lru_cache(maxsize=2)
 def _class_names(root: Path, image_set: str) -> tuple[str, ...]:
     """Returns VOC's class names, or those of the user's own set."""
-    found = {item.name for picture in _read_pictures(root, image_set) for item in picture.objects}
-    if found <= set(VOC_CLASSES):
-        return VOC_CLASSES
-    names = tuple(sorted(found))
-    print_main(f"{root} does not have VOC's 20 classes but its own {len(names)}: {', '.join(names)}")
+    names = names_of(_read_pictures(root, image_set))
+    if names is not VOC_CLASSES:
+        print_main(f"{root} does not have VOC's 20 classes but its own {len(names)}: {', '.join(names)}")
     return names
 
 
-def _read_picture(folder: Path, name: str) -> _Picture:
+def names_of(pictures: Iterable[Picture]) -> tuple[str, ...]:
+    """Returns VOC's class names, or, if any object is of another class, the sorted names of all objects."""
+    found = {item.name for picture in pictures for item in picture.objects}
+    return VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
+
+
+def _read_picture(folder: Path, name: str, problems: list[Problem]) -> Picture:
+    """Reads one image's annotation; what is wrong with it is added to `problems`."""
     path = folder / "Annotations" / f"{name}.xml"
+    elements: list[ElementTree.Element] = []
     try:
-        tree = ElementTree.parse(path)
-    except FileNotFoundError as error:
-        raise InputError(f"annotation file {path} does not exist") from error
+        elements = ElementTree.parse(path).getroot().findall("object")
+    except FileNotFoundError:
+        problems.append(Problem("annotation_entry", f"annotation file {path}", "does not exist"))
     except ElementTree.ParseError as error:
-        raise InputError(f"annotation file {path} is not valid XML ({error})") from error
-    objects = tuple(_read_object(element, path) for element in tree.getroot().findall("object"))
-    return _Picture(f"{folder.name}/JPEGImages/{name}.jpg", path, objects)
+        problems.append(Problem("annotation_entry", f"annotation file {path}", f"is not valid XML ({error})"))
+    objects = []
+    for element in elements:
+        fault = _object_fault(element)
+        if fault:
+            problems.append(Problem.of(fault, f"annotation file {path}"))
+        else:
+            objects.append(_read_object(element))
+    return Picture(f"{folder.name}/JPEGImages/{name}.jpg", path, tuple(objects))
 
 
-def _read_object(element: ElementTree.Element, path: Path) -> _Object:
+def _object_fault(element: ElementTree.Element) -> Fault | None:
     name = (element.findtext("name") or "").strip()
     if not name:
-        raise InputError(f"annotation file {path} has an object without a name")
+        return Fault("category", "has an object without a name")
     try:
-        x0, y0, x1, y1 = (float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"annotation file {path} has an object {name!r} without four numbers in bndbox") from error
+        x0, y0, x1, y1 = _corners(element)
+    except (TypeError, ValueError):
+        return Fault("box", f"has an object {name!r} without four numbers in bndbox")
     if not (x1 >= x0 and y1 >= y0):
-        raise InputError(f"annotation file {path} has an object {name!r} whose box ends before it begins")
-    return _Object(name, (x0 - 1, y0 - 1, x1, y1), (element.findtext("difficult") or "0").strip() == "1")
+        return Fault("box", f"has an object {name!r} whose box ends before it begins")
+    return None
 
 
-def _root(args: argparse.Namespace) -> Path:
+def _corners(element: ElementTree.Element) -> list[float]:
+    return [float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+
+
+def _read_object(element: ElementTree.Element) -> Object:
+    x0, y0, x1, y1 = _corners(element)
+    difficult = (element.findtext("difficult") or "0").strip() == "1"
+    return Object(element.findtext("name").strip(), (x0 - 1, y0 - 1, x1, y1), difficult)
+
+
+def devkit(args: argparse.Namespace) -> Path:
+    """Returns the VOCdevkit folder of `args`.
+
+    Raises:
+        InputError: `voc_path` isn't given or doesn't exist.
+    """
     if not args.voc_path:
         raise InputError("--voc_path is needed: the VOCdevkit folder that holds VOC2007 and VOC2012")
     root = Path(args.voc_path)

@@ -195,8 +195,8 @@ def load_backbone_weights(body: ResNetBody, source: str, name: str) -> None:
     other_shape = sorted(key for key in wanted if key in tensors and tensors[key].shape != wanted[key].shape)
     missing = sorted(key for key in wanted if key not in tensors)
     if missing or other_shape:
-        raise InputError(f"--load_backbone {source} doesn't fit {name}: {len(missing)} tensors are missing and {len(other_shape)} "
-                         f"have another shape, first {(missing + other_shape)[0]}")
+        raise InputError(f"--load_backbone {source} doesn't fit {name}: {len(missing)} tensors are missing and "
+                         f"{len(other_shape)} have another shape, first {(missing + other_shape)[0]}")
     body.load_state_dict({key: tensors[key] for key in wanted})
     print_main(f"backbone: {len(wanted)} tensors of {name} from {location}")
 

@@ -168,7 +168,8 @@ class SetCriterion(nn.Module):
 
     def _normalisers(self, classes: Tensor, targets: Sequence[Dict[str, Tensor]]) -> Sequence[Tensor]:
         """Number of objects (at least 1) and, per layer, that of the class loss; see `forward` for processes."""
-        num_boxes = torch.tensor([float(sum(len(target["labels"]) for target in targets))]).to(classes.device, non_blocking=True)
+        count = sum(len(target["labels"]) for target in targets)
+        num_boxes = torch.tensor([float(count)]).to(classes.device, non_blocking=True)
         sums = torch.cat([num_boxes, self.classification.normaliser(classes, num_boxes, self.empty_weight)])
         if self.training:
             sums = reduce_sum(sums) / get_world_size()

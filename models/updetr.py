@@ -62,7 +62,8 @@ class UPDETR(DETR):
             samples = nested_tensor_from_tensor_list(samples)
         batch, count = patches.shape[:2]
         if count > self.num_patches:
-            raise ValueError(f"{count} patches per image, but the model was built for at most {self.num_patches} (--num_patches)")
+            raise ValueError(f"{count} patches per image, but the model was built for at most {self.num_patches} "
+                             "(--num_patches)")
         if batch != len(samples.tensors):
             raise ValueError(f"patches of {batch} images came with {len(samples.tensors)} images")
         patch_feature = self.patch_features(patches)

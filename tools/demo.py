@@ -20,8 +20,8 @@ MODEL = ("--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nhe
 PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 16 --patch_size 40 --min_patch 16 --max_patch 96 "
             "--pretrain_sizes 128 --pretrain_max_size 128 --held_out_share 0.03 --lr 1e-3").split()
 PRETRAIN_BATCH = 16  # images a step, over all processes
-# Images of 128 pixels, never cropped (a crop larger than the image leaves it whole): in a training as short as this one, random crops
-# cost more than they teach.
+# Images of 128 pixels, never cropped (a crop larger than the image leaves it whole): in a training as short as this one,
+# random crops cost more than they teach.
 FINETUNE = ("--train_sizes 128 --crop_resize 128 --crop_size 1000 1000 --val_size 128 --max_size 128 --batch_size 8 --lr 1e-3 "
             "--lr_backbone 0").split()
 # Let glibc keep the memory of freed tensors rather than hand it back to the system and ask for it anew at every step.
@@ -92,7 +92,8 @@ class Demo:
             "--eval_every", str(max(1, args.pretrain_epochs // 4))), processes=processes)
         common = [*FINETUNE, "--coco_path", coco, "--epochs", str(args.epochs), "--lr_drop", str(drop_epoch(args.epochs)),
                   "--eval_every", str(args.eval_every)]
-        start_from = {"scratch": ["--load_backbone", backbone], "pretrained": ["--pretrain", self.path("pretrain/checkpoint.pth")]}
+        start_from = {"scratch": ["--load_backbone", backbone],
+                      "pretrained": ["--pretrain", self.path("pretrain/checkpoint.pth")]}
         self.phase("fine-tuning", *[self.train_command(arm, *common, *start_from[arm]) for arm in ARMS],
                    logs=[self.path(f"{arm}.txt") for arm in ARMS])
         self.pictures(toy)

@@ -161,10 +161,11 @@ def _next_parts(state: Dict[str, Tensor], prefix: str) -> Set[str]:
     return {name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)}
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str,
+                         default_device: Optional[str] = None) -> None:
     """The flags that every program which loads a model has; give `given_flags` of them to `load_model`."""
     parser.add_argument("--checkpoint", required=True, metavar="FILE_OR_URL", help=checkpoint_help)
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--device", default=default_device, help=f"({default_device or 'cuda if there is one, else cpu'})")
     group = parser.add_argument_group("for checkpoints that hold weights without flags")
     group.add_argument("--nheads", type=int, help="attention heads (8)")
     group.add_argument("--dilation", action="store_true", default=None, help="the backbone is a DC5")

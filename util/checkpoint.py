@@ -31,27 +31,28 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
     Args:
         location: a file, or an http(s) URL, which is downloaded once into torch.hub's cache; a hash in its name
             (`detr-r50-e632da11.pth`) is checked.
-        flag: how the user named the checkpoint; used in error messages.
+        flag: how the user named the checkpoint, used in error messages: a flag, or an argument with its "=".
 
     Raises:
         InputError: if it can't be had, isn't whole, or holds anything but tensors and plain data.
     """
     downloaded = urlparse(str(location)).scheme in ("http", "https")
     path = _download(location, flag) if downloaded else str(location)
+    given = _given(flag, location if downloaded else path)
     if not os.path.isfile(path):
-        raise InputError(f"{flag} {location}: no such file")
+        raise InputError(f"{given}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         if NOT_PLAIN.search(str(error)):
-            raise InputError(f"{flag} {path}: refused, since it holds Python objects other than tensors and plain data, "
+            raise InputError(f"{_given(flag, path)}: refused, since it holds Python objects other than tensors and plain data, "
                              "which could execute code when loaded") from error
         if downloaded:  # else the next run would find the same broken file
             os.remove(path)
-        raise InputError(f"{flag} {location if downloaded else path}: not a checkpoint, or damaged "
+        raise InputError(f"{given}: not a checkpoint, or damaged "
                          f"({type(error).__name__}: {_first_sentence(error)})") from error
     if not isinstance(checkpoint, dict):
-        raise InputError(f"{flag} {path}: a checkpoint is a dict, this holds a {type(checkpoint).__name__}")
+        raise InputError(f"{_given(flag, path)}: a checkpoint is a dict, this holds a {type(checkpoint).__name__}")
     return checkpoint
 
 
@@ -73,11 +74,16 @@ def _download(url: str, flag: str) -> str:
             with open(source, "w") as file:
                 file.write(url)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"{flag}: {url} could not be downloaded ({_first_sentence(error)}); "
-                         f"fetch it on another machine and pass {flag} FILE") from error
+        raise InputError(f"{flag.rstrip('=')}: {url} could not be downloaded ({_first_sentence(error)}); "
+                         f"fetch it on another machine and pass {_given(flag, 'FILE')}") from error
     finally:
         socket.setdefaulttimeout(previous)
     return path
+
+
+def _given(flag: str, value: str) -> str:
+    """How the user wrote it: `--resume FILE` on a command line, `pretrained=FILE` in a call."""
+    return f"{flag}{value}" if flag.endswith("=") else f"{flag} {value}"
 
 
 def _read(path: str) -> str:

@@ -4,12 +4,15 @@ import contextlib
 import datetime
 import os
 import re
+import time
 from typing import Any, Dict, Iterator, List, Mapping
 
 import torch
 import torch.distributed as dist
 
 from util.errors import InputError
+
+GLOO_SETTLES_S = 0.1  # far more than its threads need to let go of a few tensors
 
 
 def is_dist_avail_and_initialized() -> bool:
@@ -161,6 +164,12 @@ def first_host(node_list: str) -> str:
 
 
 def shutdown() -> None:
-    """Leave the process group, if this process is in one."""
-    if is_dist_avail_and_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if this process is in one; every process must call this."""
+    if not is_dist_avail_and_initialized():
+        return
+    if dist.get_backend() == "gloo":
+        # Gloo's threads need the interpreter's lock to let go of the last collective's tensors, but older torch (before
+        # its pull request 154976) holds it while it waits for these threads to end: let them finish first.
+        dist.barrier()
+        time.sleep(GLOO_SETTLES_S)
+    dist.destroy_process_group()

@@ -12,9 +12,15 @@ PathLike = Union[str, os.PathLike]
 Point = Tuple[float, float]
 Line = Dict[str, Any]
 
-# Fields that stand for one of the twelve numbers in `test_coco_eval_bbox`, by position; drawn in percent.
+# COCO's twelve numbers by position.
 COCO_FIELDS = {"mAP": 0, "AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5,
                "AR1": 6, "AR10": 7, "AR100": 8, "ARs": 9, "ARm": 10, "ARl": 11}
+# Fields drawn in percent: the entry of a log's line, and the figure's place in it. Those of masks begin with "mask".
+PERCENT_FIELDS: Dict[str, Tuple[str, Union[int, str]]] = {
+    **{name: ("test_coco_eval_bbox", position) for name, position in COCO_FIELDS.items()},
+    **{f"mask{name}": ("test_coco_eval_masks", position) for name, position in COCO_FIELDS.items()},
+    "PQ": ("test_PQ_all", "pq"), "PQ_th": ("test_PQ_th", "pq"), "PQ_st": ("test_PQ_st", "pq"),
+}
 # Fields that are drawn together with another one, for comparison.
 COMPARED_WITH = {"patch_iou": "control_iou", "patch_iou50": "control_iou50"}
 # Up to so many points a curve has its points marked, so that a lone one can be seen.
@@ -55,8 +61,8 @@ def plot_logs(logs: Union[PathLike, Sequence[PathLike]],
     Args:
         logs: folders of runs, or one of them.
         fields: what to draw: a name in log.txt without its `train_` or `test_` (both are drawn), or one of
-            `COCO_FIELDS`, of which "mAP" and "AP" are the average over IoU 0.5 … 0.95, in percent. "patch_iou" comes
-            with its control.
+            `PERCENT_FIELDS`, of which "mAP" and "AP" (of masks "maskAP") are the average over IoU 0.5 … 0.95.
+            "patch_iou" comes with its control.
         ewm_col: centre of mass c of an exponentially weighted average, with weights (c / (1 + c)) ** age; 0 for none.
         log_name: name of the log in each folder.
 
@@ -127,13 +133,13 @@ def known_fields(runs: Dict[str, List[Line]]) -> List[str]:
     """All fields that `plot_logs` could draw for these runs."""
     names = {name: None for lines in runs.values() for line in lines for name in line}
     fields = {name.split("_", 1)[1]: None for name in names if name.startswith(("train_", "test_"))}
-    return [field for field in [*fields, *COCO_FIELDS] if any(field_curves(lines, field) for lines in runs.values())]
+    return [field for field in [*fields, *PERCENT_FIELDS] if any(field_curves(lines, field) for lines in runs.values())]
 
 
 def field_curves(lines: List[Line], field: str) -> List[Curve]:
-    """The curves of a field that a run has: training and test, or the one of COCO's numbers."""
-    if field in COCO_FIELDS:
-        curves = [Curve("test", "-", _coco_points(lines, COCO_FIELDS[field]))]
+    """The curves of a field that a run has: training and test, or the one of an evaluation's figure."""
+    if field in PERCENT_FIELDS:
+        curves = [Curve("test", "-", _percent_points(lines, *PERCENT_FIELDS[field]))]
     elif field in COMPARED_WITH:
         other = COMPARED_WITH[field]
         curves = [Curve(field, "-", _points(lines, f"test_{field}")),
@@ -148,13 +154,14 @@ def _points(lines: List[Line], name: str) -> List[Point]:
     return [(line["epoch"] + 1, line[name]) for line in lines if _is_number(line.get(name))]
 
 
-def _coco_points(lines: List[Line], position: int) -> List[Point]:
+def _percent_points(lines: List[Line], entry: str, place: Union[int, str]) -> List[Point]:
     points = []
     for line in lines:
-        numbers = line.get("test_coco_eval_bbox")
+        figures = line.get(entry)
+        figures = dict(enumerate(figures)) if isinstance(figures, list) else figures
         # pycocotools writes -1 where nothing could be measured, as for a size that no object has.
-        if isinstance(numbers, list) and len(numbers) > position and numbers[position] >= 0:
-            points.append((line["epoch"] + 1, 100 * numbers[position]))
+        if isinstance(figures, dict) and figures.get(place, -1) >= 0:
+            points.append((line["epoch"] + 1, 100 * figures[place]))
     return points
 
 
@@ -194,7 +201,7 @@ def _draw_field(axis: Any, runs: Dict[str, List[Line]], field: str, ewm_col: flo
             epochs, values = zip(*(smooth(curve.points, ewm_col) if ewm_col else curve.points))
             axis.plot(epochs, values, curve.style, color=run_colour(number), linewidth=1.6, markersize=3.5,
                       marker="o" if len(epochs) <= MARKED_POINTS else "")
-    axis.set_title(f"{field} (%)" if field in COCO_FIELDS else field)
+    axis.set_title(f"{field} (%)" if field in PERCENT_FIELDS else field)
     epochs = [line["epoch"] + 1 for lines in runs.values() for line in lines]
     margin = max(0.03 * (max(epochs) - min(epochs)), 0.5)
     axis.set(xlabel="epochs finished", xlim=(min(epochs) - margin, max(epochs) + margin))

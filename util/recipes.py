@@ -1,12 +1,12 @@
 """Which defaults belong to which training: the one table in which the published programs' differences are written down."""
 import argparse
 import math
-import os
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 
 from util.errors import InputError
+from util.parallel import available_cpus
 
 Default = Union[Any, Callable[[argparse.Namespace], Any]]
 
@@ -110,7 +110,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, default(args) if callable(default) else default)
             if name == "num_workers":
-                args.num_workers = min(args.num_workers, _available_cpus())
+                args.num_workers = min(args.num_workers, available_cpus())
     args.resolved = True
     return args
 
@@ -168,10 +168,6 @@ def require_data(args: argparse.Namespace) -> None:
         if not getattr(args, flag):
             raise InputError(f"--{flag} is missing: where is the data set? (--coco_path, --voc_path, or "
                              "--imagenet_path for pre-training)")
-
-
-def _available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(args: argparse.Namespace) -> str:

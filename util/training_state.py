@@ -57,7 +57,7 @@ class TrainingState:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:
             raise InputError(f"--resume {location}: its optimizer state doesn't fit the flags ({error}); "
-                             "does --lr_backbone freeze other layers now?") from error
+                             "does --lr_backbone or --frozen_weights freeze other layers now?") from error
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         self.lr_scheduler.step_size = lr_drop
         if self.scaler.is_enabled() and checkpoint.get("scaler"):

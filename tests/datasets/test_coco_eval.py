@@ -207,6 +207,7 @@ import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from test_coco_eval import evaluate, random_detections, random_ground_truth
 from datasets.coco import index_ground_truth
+from util.distributed import shutdown
 
 rank, store, folder = int(sys.argv[2]), sys.argv[3], sys.argv[4]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
@@ -216,7 +217,7 @@ mine = (lambda number: number <= 5) if rank == 0 else (lambda number: number >= 
 predictions = {number: found for number, found in random_detections(ground_truth, 12).items() if mine(number)}
 stats = evaluate(index_ground_truth(ground_truth), predictions).coco_eval["bbox"].stats
 json.dump(stats.tolist(), open(folder + "/" + str(rank), "w"))
-dist.destroy_process_group()
+shutdown()
 """
 
 

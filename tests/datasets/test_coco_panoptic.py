@@ -139,6 +139,19 @@ def test_evaluation_needs_only_the_validation_annotations(world):
     assert len(build_dataset("val", args)) == 2
 
 
+def test_evaluation_knows_every_category_of_the_training(world):
+    """Else a map could hold one that its ground truth doesn't have, hours later."""
+    content = panoptic_file()
+    world({**content, "categories": CATEGORIES + [{"id": 31, "name": "cloud", "isthing": 0}]})
+    with pytest.raises(InputError) as caught:
+        build_dataset("val", arguments(world.root))
+    annotations = world.root / "annotations"
+    assert str(caught.value) == (f"category id 31 of {annotations}/panoptic_train2017.json is missing among the "
+                                 f"categories of {annotations}/panoptic_val2017.json; list it there, even if no "
+                                 "segment is of it")
+    assert len(build_dataset("val", arguments(world.root, masks=False))) == 2
+
+
 def test_the_pngs_may_lie_beside_the_json(world):
     (world.root / "panoptic_val2017").rename(world.root / "annotations/panoptic_val2017")
     dataset = build_dataset("val", arguments(world.root))

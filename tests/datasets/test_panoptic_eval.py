@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -264,22 +265,27 @@ import json, pathlib, sys
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from test_panoptic_eval import as_predictions, evaluate, random_pictures
+from util.distributed import shutdown
 
 rank, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
-dist.init_process_group("gloo", init_method="file://" + str(folder / "store"), rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:" + sys.argv[4], rank=rank, world_size=2)
 truth, found = random_pictures(2, count=9)
 # Unequal shares that overlap in one image, as when a sampler pads.
 mine = {number: picture for number, picture in found.items() if (number <= 4 if rank == 0 else number >= 4)}
 results = evaluate((folder / "panoptic.json", folder / "panoptic"), as_predictions(mine), output_dir=folder / "out")[1]
 json.dump(results, open(folder / str(rank), "w"))
-dist.destroy_process_group()
+shutdown()
 """
 
 
 def test_two_processes_give_exactly_the_result_of_one(tmp_path, root):
     truth, found = random_pictures(2, count=9)
     files = write_truth(tmp_path, truth)
-    processes = [subprocess.Popen([sys.executable, "-c", PROGRAM, os.path.dirname(__file__), str(rank), str(tmp_path)],
+    with socket.socket() as probe:  # a file to meet in can be gone when the second process wants to leave it
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = [sys.executable, "-c", PROGRAM, os.path.dirname(__file__)]
+    processes = [subprocess.Popen([*words, str(rank), str(tmp_path), port],
                                   env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
                                   stdout=subprocess.PIPE, text=True) for rank in range(2)]
     printed = [process.communicate(timeout=120)[0] for process in processes]

@@ -31,7 +31,7 @@ PICTURES = {
 @pytest.fixture
 def devkit(tmp_path):
     """Writes PICTURES; the function it returns writes another annotation into it."""
-    voc._read_pictures.cache_clear()
+    voc.find_pictures.cache_clear()
     voc._class_names.cache_clear()
 
     def write(year, name, objects):
@@ -176,7 +176,7 @@ def test_missing_things_are_refused_by_name(devkit):
     with pytest.raises(InputError, match=r"000005.jpg does not exist \(image id 1 of"):
         build_dataset("train", arguments(devkit.root))[0]
     (devkit.root / "VOC2007/Annotations/000005.xml").unlink()
-    voc._read_pictures.cache_clear()
+    voc.find_pictures.cache_clear()
     with pytest.raises(InputError, match="000005.xml does not exist"):
         build_dataset("train", arguments(devkit.root))
 

@@ -60,11 +60,13 @@ def log_lines(folder):
 
 def test_published_pretraining_command_with_swav_resnet50(toy, weights_cache, tmp_path):
     """As printed but for the epochs, the batch and the image sizes: ResNet-50, 100 queries, 6 + 6 layers."""
-    done = run(["main.py", *"--lr_drop 40 --epochs 60 --pre_norm --num_patches 10 --batch_size 32 --feature_recon --fre_cnn".split(),
-                "--imagenet_path", toy / "unlabelled", "--output_dir", tmp_path, *ONE_EPOCH, "--batch_size", "12",
-                "--pretrain_sizes", "64", "--patch_size", "32", "--num_workers", "1"], env=weights_cache)
+    published = "--lr_drop 40 --epochs 60 --pre_norm --num_patches 10 --batch_size 32 --feature_recon --fre_cnn".split()
+    done = run(["main.py", *published, "--imagenet_path", toy / "unlabelled", "--output_dir", tmp_path, *ONE_EPOCH,
+                "--batch_size", "12", "--pretrain_sizes", "64", "--patch_size", "32", "--num_workers", "1"],
+               env=weights_cache)
     assert "UP-DETR pre-training" in done.stdout and "eos_coef=0.1 " in done.stdout and "lr_drop=40" in done.stdout
-    assert re.search(r"Epoch: \[0\]  \[0/2\]  eta: \S+  lr: 0.000100  .*loss: [\d.]+ \([\d.]+\)  .*time: [\d.]+  data: ", done.stdout)
+    assert re.search(r"Epoch: \[0\]  \[0/2\]  eta: \S+  lr: 0.000100  .*loss: [\d.]+ \([\d.]+\)  .*time: [\d.]+  data: ",
+                     done.stdout)
     line, = log_lines(tmp_path)
     assert line["epoch"] == 0 and line["train_loss_feature_4"] > 0 and line["n_parameters"] == 19164167
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
@@ -141,8 +143,8 @@ def test_voc_training_and_evaluation(toy, weights_cache, tmp_path):
 
 
 def test_evaluation_of_a_pretrained_model_reports_its_control(toy, pretrained):
-    done = run(["main.py", "--eval", "--pre_norm", "--feature_recon", "--imagenet_path", toy / "unlabelled", "--resume", pretrained,
-                *SMALL_PRETRAIN])
+    done = run(["main.py", "--eval", "--pre_norm", "--feature_recon", "--imagenet_path", toy / "unlabelled",
+                "--resume", pretrained, *SMALL_PRETRAIN])
     assert re.search(r"Patches found: mean IoU 0\.\d+, above 0.5 [\d.]+; control .* mean IoU 0\.\d+", done.stdout)
 
 

@@ -1,5 +1,6 @@
 """The published commands of instance and panoptic segmentation, run as a user runs them."""
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,13 +8,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from commands import SMALL_COCO, SMALL_MODEL, run
+from commands import SMALL_COCO, SMALL_PRETRAIN, run
 from datasets.toy import ToySettings, write_toy
 from main import get_args_parser, main
-from models.backbone import build_backbone
-from models.transformer import build_transformer
-from models.updetr import UPDETR
-from util import recipes
 from util.errors import InputError
 from util.panoptic_ids import rgb_to_ids
 
@@ -24,7 +21,7 @@ ONE_EPOCH = ["--epochs", "1"]
 def toy(tmp_path_factory):
     """A world of a few images."""
     folder = tmp_path_factory.mktemp("data") / "toy"
-    write_toy(folder, ToySettings(image_size=96, num_unlabelled=1, num_train=8, num_val=5))
+    write_toy(folder, ToySettings(image_size=96, num_unlabelled=4, num_train=8, num_val=5))
     return folder
 
 
@@ -100,11 +97,24 @@ def test_panoptic_log_and_files(toy, segm_model):
     assert stored["is_thing_map"] == {category["id"]: bool(category["isthing"]) for category in truth["categories"]}
 
 
-def test_panoptic_evaluation_is_the_same_for_one_and_two_processes(panoptic, segm_model):
-    command = ["main.py", *"--batch_size 1 --no_aux_loss --eval --masks".split(), "--resume", segm_model, *panoptic,
-               *SMALL_COCO]
-    one, two = (run(command, launcher) for launcher in ("single", "torchrun"))
+def test_panoptic_evaluation_is_the_same_for_one_and_two_processes(toy, panoptic, segm_model, tmp_path):
+    """Of a model whose queries are all sure of the most frequent stuff, so that it gets something right."""
+    truth = json.loads((toy / "coco/annotations/panoptic_val2017.json").read_text())
+    stuff = {category["id"] for category in truth["categories"] if not category["isthing"]}
+    counts = Counter(segment["category_id"] for annotation in truth["annotations"]
+                     for segment in annotation["segments_info"] if segment["category_id"] in stuff)
+    checkpoint = torch.load(segm_model, weights_only=True)
+    checkpoint["model"]["detr.class_embed.weight"].zero_()
+    checkpoint["model"]["detr.class_embed.bias"][counts.most_common(1)[0][0]] = 10
+    torch.save(checkpoint, tmp_path / "sure.pth")
+    command = ["main.py", *"--batch_size 1 --no_aux_loss --eval --masks".split(), "--resume", tmp_path / "sure.pth",
+               *panoptic, *SMALL_COCO, "--output_dir"]
+    one, two = (run([*command, tmp_path / launcher], launcher) for launcher in ("single", "torchrun"))
     assert len(tables(one)) == 12 + 12 + 3 and tables(one) == tables(two)
+    assert float(tables(one)[-1].split("|")[1].split()[0]) > 1, "PQ of stuff"
+    written = [sorted((tmp_path / launcher / "panoptic_eval").iterdir()) for launcher in ("single", "torchrun")]
+    assert [path.name for path in written[0]] == [path.name for path in written[1]] and len(written[0]) == 5 + 1
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*written))
 
 
 def test_instance_segmentation_on_the_same_box_model(toy, box_model, tmp_path):
@@ -115,6 +125,9 @@ def test_instance_segmentation_on_the_same_box_model(toy, box_model, tmp_path):
     assert f"36 classes as in {box_model}; the annotations need 14" in done.stdout
     line = log_line(tmp_path)
     assert len(line["test_coco_eval_masks"]) == 12 and "test_PQ_all" not in line
+    truth = json.loads((toy / "coco/annotations/panoptic_val2017.json").read_text())
+    names = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["class_names"]
+    assert names == {category["id"]: category["name"] for category in truth["categories"]}, "stuff's names too"
     done = run(["main.py", *"--batch_size 1 --no_aux_loss --eval --masks".split(), "--resume",
                 tmp_path / "checkpoint.pth", *coco])
     assert len(tables(done)) == 24 and "IoU metric: segm" in done.stdout
@@ -129,24 +142,18 @@ def test_frozen_training_goes_on_with_two_processes(panoptic, box_model, segm_mo
         "bbox_attention", "mask_head"}
 
 
-def test_panoptic_training_from_an_updetr_on_two_processes(panoptic, tmp_path):
+def test_panoptic_training_from_an_updetr_on_two_processes(toy, panoptic, tmp_path):
     """A pre-training gives all but the classes and the masks; the detector trains along."""
-    before = UPDETR(*small_parts(), num_queries=100, num_patches=10).state_dict()
-    torch.save({"model": before}, tmp_path / "updetr.pth")
-    done = run(["main.py", "--masks", "--pre_norm", *panoptic, "--pretrain", tmp_path / "updetr.pth", *SMALL_COCO,
-                *ONE_EPOCH, "--mask_softmax", "per_head", "--output_dir", tmp_path], "torchrun")
+    updetr = tmp_path / "updetr" / "checkpoint.pth"
+    run(["main.py", *SMALL_PRETRAIN, "--pre_norm", "--imagenet_path", toy / "unlabelled", "--load_backbone", "none",
+         *ONE_EPOCH, "--output_dir", updetr.parent])
+    done = run(["main.py", "--masks", "--pre_norm", *panoptic, "--pretrain", updetr, *SMALL_COCO, *ONE_EPOCH,
+                "--mask_softmax", "per_head", "--output_dir", tmp_path], "torchrun")
     assert "pretrain: missed 34 tensors: bbox_attention.k_linear.bias" in done.stdout
     assert "detr.class_embed.bias" in done.stdout
-    after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
+    before, after = (torch.load(path, weights_only=True)["model"] for path in (updetr, tmp_path / "checkpoint.pth"))
     assert not torch.equal(after["detr.query_embed.weight"], before["query_embed.weight"])
     torch.testing.assert_close(after["detr.query_embed.weight"], before["query_embed.weight"], rtol=0, atol=0.01)
-
-
-def small_parts():
-    """Backbone and transformer of `SMALL_MODEL`, pre-norm."""
-    args = get_args_parser().parse_args([*SMALL_MODEL, "--pre_norm", "--load_backbone", "none", "--device", "cpu"])
-    recipes.resolve(args)
-    return build_backbone(args), build_transformer(args)
 
 
 def test_what_a_user_gets_wrong(panoptic, box_model, segm_model, tmp_path):

@@ -37,10 +37,10 @@ def test_training_and_evaluation_on_files_of_other_names(own, tmp_path):
     flags = ["--train_images", "learn", "--train_annotations", "learn.json", "--val_images", "exam",
              "--val_annotations", "exam.json"]
     done = run([*TRAIN, "--coco_path", own, *flags, "--output_dir", tmp_path])
-    assert "num_classes=140 " in done.stdout and "6 training images" in done.stdout
+    assert "num_classes=140 " in done.stdout and "training images: 6" in done.stdout
     done = run(["main.py", *SMALL_COCO, "--eval", "--resume", tmp_path / "checkpoint.pth", "--val_images", own / "exam",
                 "--val_annotations", own / "exam.json"])
-    assert "Average Precision" in done.stdout and re.search(r"^disc +AP", done.stdout, re.MULTILINE)
+    assert "Average Precision" in done.stdout and re.search(r"^disc +bbox AP", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("launcher", ["single", "torchrun"])
@@ -49,7 +49,7 @@ def test_overfitting_trains_and_evaluates_on_the_same_few_images(toy, tmp_path, 
                launcher)
     assert "overfit: training and evaluation see the first 4 training images, not augmented" in done.stdout
     steps = 4 if launcher == "single" else 2
-    assert f"4 training images, {steps} steps an epoch" in done.stdout
+    assert "training images: 4, " in done.stdout and f", {steps} steps an epoch\n" in done.stdout
     assert re.search(rf"Test: .*\[0/{steps}\]", done.stdout)
     assert len(json.loads((tmp_path / "log.txt").read_text())["test_coco_eval_bbox"]) == 12
 
@@ -57,4 +57,4 @@ def test_overfitting_trains_and_evaluates_on_the_same_few_images(toy, tmp_path, 
 def test_overfitting_a_pretraining(toy):
     done = run(["main.py", *SMALL_PRETRAIN, "--load_backbone", "none", "--epochs", "1", "--imagenet_path",
                 toy / "unlabelled", "--batch_size", "3", "--overfit", "3"])
-    assert "Patches found: mean IoU" in done.stdout and "3 training images, 1 steps an epoch" in done.stdout
+    assert "Patches found: mean IoU" in done.stdout and "training images: 3\n" in done.stdout

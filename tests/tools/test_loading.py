@@ -29,7 +29,7 @@ def published_flags(published: Dict[str, Any], name: str) -> Dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "updetr_pretrain",
-                                  "updetr_finetune"])
+                                  "updetr_finetune", "detr_resnet101_panoptic"])
 def test_the_tensors_of_published_models_tell_their_flags(published: Dict[str, Any], name: str) -> None:
     told = architecture(published_state(published, name), name)
     flags = published_flags(published, name)
@@ -37,6 +37,8 @@ def test_the_tensors_of_published_models_tell_their_flags(published: Dict[str, A
     assert told["backbone_last_layer"] == "layer4"
     if name == "updetr_pretrain":
         assert told["feature_recon"]
+    else:
+        assert told.get("masks", False) == name.endswith("panoptic")
 
 
 @pytest.mark.parametrize("variant", ["", "_single_scale", "_single_scale_dc5", "_refine", "_two_stage", "_two_stage_no_refine"])
@@ -75,12 +77,14 @@ def test_heads_of_a_deformable_detr_must_share_its_points(save_model: Callable[.
 
 
 @pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "backbone_last_layer": "layer3"},
-                                     {"position_embedding": "learned", "nheads": 2, "dec_layers": 1}])
+                                     {"position_embedding": "learned", "nheads": 2, "dec_layers": 1},
+                                     {"masks": True, "mask_softmax": "per_head"}])
 def test_our_checkpoint_comes_back_whole(save_model: Callable[..., Path], changes: Dict[str, Any]) -> None:
     path = save_model("model.pth", class_names={1: "disc"}, val_size=64, **changes)
     model, args, class_names, _ = load_model(str(path), DETECTOR, "cpu")
     assert not model.training and class_names == {1: "disc"} and args.val_size == 64 and args.max_size == 1333
     assert args.nheads == changes.get("nheads", 4)
+    assert args.masks == ("masks" in changes) and (not args.masks or model.bbox_attention.softmax_per_head)
     stored = torch.load(path, weights_only=True)["model"]
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 

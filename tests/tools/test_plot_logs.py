@@ -61,7 +61,8 @@ def test_wrong_input_is_told_in_a_sentence(finetuned: Path, tmp_path: Path, run_
     assert "the name must end in one of .png" in refused(finetuned, "--output", tmp_path / "curves.txt")
     assert "the smoothing must be at least 0, got -1.0" in refused(finetuned, "--ewm_col", -1)
     bare = write_run(tmp_path / "bare", [{"epoch": 0, "train_lr": 0.1}])
-    assert refused(bare) == "error: the runs have none of loss, AP, AP50, patch_iou; choose --fields among lr\n"
+    assert refused(bare) == ("error: the runs have none of loss, AP, AP50, maskAP, PQ, patch_iou; "
+                             "choose --fields among lr\n")
 
 
 def test_as_a_program(finetuned: Path) -> None:

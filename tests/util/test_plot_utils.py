@@ -47,6 +47,14 @@ def test_the_call_of_detrs_notebooks(tmp_path: Path) -> None:
     assert curves(figure, 2) == {"-": [[2], [10]]}
 
 
+def test_masks_and_panoptic_quality(tmp_path: Path) -> None:
+    lines = [{"epoch": 0, "train_loss": 1.0}, {"epoch": 1, "test_coco_eval_masks": [0.125, 0.5] + [-1.0] * 10,
+                                               "test_PQ_all": {"pq": 0.25, "n": 3}, "test_PQ_th": {"pq": 0.5, "n": 1}}]
+    figure = plot_logs([write_log(tmp_path / "run", lines)], ["maskAP", "maskAP50", "PQ", "PQ_th"])
+    assert [curves(figure, panel) for panel in range(4)] == [{"-": [[2], [value]]} for value in (12.5, 50, 25, 50)]
+    assert figure.axes[2].get_title() == "PQ (%)"
+
+
 def test_one_path_needs_no_list(tmp_path: Path) -> None:
     folder = write_log(tmp_path / "run", [{"epoch": 0, "train_loss": 1.0}])
     os.rename(folder / "log.txt", folder / "other.txt")

@@ -86,7 +86,7 @@ def test_what_is_given_stays():
 
 def test_default_workers_are_at_most_one_per_cpu(monkeypatch):
     for cpus, labelled, pretraining in ((64, 2, 16), (4, 2, 4), (1, 1, 1)):
-        monkeypatch.setattr(recipes, "_available_cpus", lambda: cpus)
+        monkeypatch.setattr(recipes, "available_cpus", lambda: cpus)
         assert resolved().num_workers == labelled
         assert resolved("--dataset_file", "imagenet").num_workers == pretraining
 

@@ -116,7 +116,7 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
     args = argparse.Namespace(output_dir=str(tmp_path))
     make_state(parts=1).save(args, 0, ["checkpoint.pth"])
     with pytest.raises(InputError, match=r"^--resume a.pth: its optimizer state doesn't fit the flags \(.*\); "
-                                         r"does --lr_backbone freeze other layers now\?$"):
+                                         r"does --lr_backbone or --frozen_weights freeze other layers now\?$"):
         make_state().resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "a.pth", lr_drop=2)
 
 
