@@ -1,11 +1,11 @@
-"""Train and evaluate DETR and UP-DETR. Which of them is a matter of the data set and the flags; see README.md."""
+"""Train and evaluate DETR, Deformable DETR and UP-DETR: which of them, data set and flags say. See README.md."""
 import argparse
 import datetime
 import functools
 import inspect
 import resource
 import time
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from util.distributed import get_rank, get_world_size, init_distributed_mode, is
 from util.errors import InputError, run_program
 from util.misc import collate_fn
 from util.progress import Progress
+from util.schedule import build_scheduler, drops_after
 from util.summary import evaluation_summary, training_summary
 from util.training_state import TrainingState, append_log, find_resume, open_log
 
@@ -33,32 +34,53 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("DETR and UP-DETR", add_help=False, allow_abbrev=False)
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", default=1e-4, type=float)
-    group.add_argument("--lr_backbone", type=float, help="0 freezes the backbone (1e-5; pre-training: as --lr)")
+    group.add_argument("--lr", type=float, help="1e-4; Deformable DETR: 2e-4")
+    group.add_argument("--lr_backbone", type=float,
+                       help="0 freezes the backbone (1e-5; Deformable DETR: 2e-5; pre-training: as --lr)")
+    group.add_argument("--lr_backbone_names", nargs="+", type=str,
+                       help="parameters whose names contain one of these learn at --lr_backbone")
+    group.add_argument("--lr_linear_proj_names", nargs="+", type=str,
+                       help="Deformable DETR: parameters that learn at --lr times --lr_linear_proj_mult "
+                            "(reference_points sampling_offsets)")
+    group.add_argument("--lr_linear_proj_mult", type=float, help="0.1")
     group.add_argument("--batch_size", default=2, type=int, help="images per process")
     group.add_argument("--weight_decay", default=1e-4, type=float)
-    group.add_argument("--epochs", type=int, help="300; pre-training: 60")
-    group.add_argument("--lr_drop", type=int, help="epochs after which both rates fall to a tenth (200; pre-training: 40)")
+    group.add_argument("--epochs", type=int, help="300; Deformable DETR: 50; pre-training: 60")
+    group.add_argument("--lr_drop", type=int,
+                       help="epochs after which all rates fall to a tenth (200; Deformable DETR and pre-training: 40)")
+    group.add_argument("--lr_drop_epochs", type=int, nargs="+", metavar="EPOCH",
+                       help="numbers of epochs after which they do so, instead of --lr_drop")
+    group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 instead of AdamW")
     group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient norm to clip to; 0 for no clipping")
     group.add_argument("--accumulate_steps", default=1, type=int, help="batches per optimizer step")
     group.add_argument("--amp", choices=sorted(AMP_TYPES), help="mixed precision; matching and losses stay in float32")
 
     group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=tuple(recipes.MODELS), help="detr")
     group.add_argument("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
     group.add_argument("--backbone_last_layer", default="layer4", choices=("layer3", "layer4"),
                        help="layer3 cuts the ResNet there: stride 16, for small images")
     group.add_argument("--load_backbone", help="supervised, swav, none, a file or a URL (supervised; pre-training: swav)")
     group.add_argument("--dilation", action="store_true", help="dilate layer4 instead of striding it (DC5)")
     group.add_argument("--position_embedding", default="sine", choices=("sine", "learned"))
+    group.add_argument("--position_embedding_scale", type=float, help="range of sine's positions (2π)")
     group.add_argument("--enc_layers", default=6, type=int)
     group.add_argument("--dec_layers", default=6, type=int)
-    group.add_argument("--dim_feedforward", default=2048, type=int)
+    group.add_argument("--dim_feedforward", type=int, help="2048; Deformable DETR: 1024")
     group.add_argument("--hidden_dim", default=256, type=int)
     group.add_argument("--dropout", default=0.1, type=float)
     group.add_argument("--nheads", default=8, type=int)
-    group.add_argument("--num_queries", default=100, type=int)
-    group.add_argument("--pre_norm", action="store_true")
+    group.add_argument("--num_queries", type=int, help="100; Deformable DETR: 300")
+    group.add_argument("--pre_norm", action="store_true", default=None)
     group.add_argument("--num_classes", type=int, help="highest label + 1 (read from the annotations)")
+
+    group = parser.add_argument_group("Deformable DETR")
+    group.add_argument("--with_box_refine", action="store_true", default=None,
+                       help="each decoder layer moves the boxes of the one before it")
+    group.add_argument("--two_stage", action="store_true", default=None, help="make the queries of the encoder's proposals")
+    group.add_argument("--num_feature_levels", type=int, help="feature maps, the finest of stride 8 (4); 1: the deepest alone")
+    group.add_argument("--enc_n_points", type=int, help="points that a head of the encoder samples in each map (4)")
+    group.add_argument("--dec_n_points", type=int, help="points that a head of the decoder samples in each map (4)")
 
     group = parser.add_argument_group("UP-DETR pre-training")
     group.add_argument("--num_patches", type=int, help="patches to find in an image (10); divides --num_queries")
@@ -75,12 +97,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("loss and matching")
     group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses of earlier decoder layers")
-    group.add_argument("--set_cost_class", default=1, type=float)
+    group.add_argument("--set_cost_class", type=float, help="1; Deformable DETR: 2")
     group.add_argument("--set_cost_bbox", default=5, type=float)
     group.add_argument("--set_cost_giou", default=2, type=float)
+    group.add_argument("--cls_loss_coef", type=float, help="1; Deformable DETR: 2")
     group.add_argument("--bbox_loss_coef", default=5, type=float)
     group.add_argument("--giou_loss_coef", default=2, type=float)
     group.add_argument("--eos_coef", type=float, help="weight of the no-object class (0.1; pre-training: patches / queries)")
+    group.add_argument("--focal_alpha", type=float, help="Deformable DETR: weight of a query's own class (0.25)")
 
     group = parser.add_argument_group("masks")
     group.add_argument("--masks", action="store_true", default=None, help="also predict a mask for each object")
@@ -93,7 +117,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                             "or for each head, as in UP-DETR's and DETReg's (joint)")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_file", choices=tuple(recipes.RECIPES), help="by default what the given path says")
+    group.add_argument("--dataset_file", choices=tuple(recipes.DATASETS), help="by default what the given path says")
     group.add_argument("--coco_path", help="folder with train2017/, val2017/ and annotations/")
     group.add_argument("--coco_panoptic_path",
                        help="folder with panoptic_train2017/, panoptic_val2017/ and annotations/")
@@ -132,11 +156,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW over two groups: everything but the backbone, and the backbone at its own rate."""
-    trained = [(name.removeprefix("detr."), parameter) for name, parameter in model.named_parameters()
-               if parameter.requires_grad]
-    groups = [{"params": [parameter for name, parameter in trained if not name.startswith("backbone.")]},
-              {"params": [parameter for name, parameter in trained if name.startswith("backbone.")], "lr": args.lr_backbone}]
+    """AdamW, or SGD, over groups with rates of their own: the rest, the backbone and, of Deformable DETR, where it looks."""
+    groups: List[Dict[str, Any]] = [{"params": []}, {"params": [], "lr": args.lr_backbone}]
+    keywords = [args.lr_backbone_names]
+    if args.lr_linear_proj_names:
+        groups.append({"params": [], "lr": args.lr * args.lr_linear_proj_mult})
+        keywords.append(args.lr_linear_proj_names)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matching = [i for i, words in enumerate(keywords, 1) if any(word in name for word in words)]
+            groups[matching[0] if matching else 0]["params"].append(parameter)
+    if args.sgd:
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
 
 
@@ -217,7 +248,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
         state.lr_scheduler.step()
         test_stats: Dict[str, Any] = {}
         files = []
-        if (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0:
+        if drops_after(epoch, args) or (epoch + 1) % 100 == 0:
             files.append(f"checkpoint{epoch:04}.pth")
         if evaluation and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
             test_stats, figure = evaluation.run(state.model)
@@ -300,6 +331,11 @@ def describe_classes(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
     return class_names, is_thing_map(args) if args.dataset_file == "coco_panoptic" else {}
 
 
+def has_idle_heads(args: argparse.Namespace) -> bool:
+    """Whether parts of the model learn nothing: each layer's own heads, where only the last layer's boxes are compared."""
+    return bool(args.with_box_refine) and not args.aux_loss
+
+
 def main(args: argparse.Namespace) -> None:
     """Run what the flags describe: evaluation, or training with evaluations in between."""
     recipes.resolve(args)
@@ -316,7 +352,7 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model, criterion, postprocessors = build_model(args, things)
     optimizer = build_optimizer(model, args)
-    state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
+    state = TrainingState(model, optimizer, build_scheduler(optimizer, args),
                           torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch,
                           is_thing_map=things)
     torch.manual_seed(args.seed + get_rank())  # from here on processes draw their own dropout
@@ -335,6 +371,7 @@ def main(args: argparse.Namespace) -> None:
             parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
             sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
             wrapped = nn.parallel.DistributedDataParallel(model, **{sync: False},
+                                                          find_unused_parameters=has_idle_heads(args),
                                                           device_ids=[args.gpu] if device.type == "cuda" else None)
         train(state, wrapped, criterion, evaluation, args)
     shutdown()

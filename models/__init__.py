@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from models.backbone import build_backbone
+from models.classification import FocalClassification, SoftmaxClassification
 from models.criterion import SetCriterion, weights_for_layers
+from models.deformable_detr import DeformableDETR, PostProcessFocal
+from models.deformable_transformer import build_deformable_transformer
 from models.detr import DETR, PostProcess
 from models.matcher import HungarianMatcher
 from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
@@ -41,11 +44,12 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
         InputError: if flags contradict each other.
     """
     recipes.resolve(args)
-    pretraining = args.dataset_file == "imagenet"
+    pretraining, deformable = args.dataset_file == "imagenet", args.model == "deformable_detr"
     if pretraining and args.num_queries % args.num_patches:
         raise InputError(f"--num_queries {args.num_queries} is not a multiple of --num_patches {args.num_patches}")
-    backbone, transformer = build_backbone(args), build_transformer(args)
-    weights = {"loss_ce": 1.0, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    backbone = build_backbone(args)
+    transformer = build_deformable_transformer(args) if deformable else build_transformer(args)
+    weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     losses = ["labels", "boxes", "cardinality"]
     if pretraining:
         num_classes = PATCH_CLASSES
@@ -56,8 +60,12 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
             losses.append("feature")
     else:
         num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]
-        model = DETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
-    postprocessors: Dict[str, nn.Module] = {"bbox": PostProcess()}
+        if deformable:
+            model = DeformableDETR(backbone, transformer, num_classes, args.num_queries, args.num_feature_levels,
+                                   args.aux_loss, args.with_box_refine, args.two_stage)
+        else:
+            model = DETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
+    postprocessors = {"bbox": build_postprocess(args)}
     if args.masks:
         model = DETRsegm(model, freeze_detr=bool(args.frozen_weights), softmax_per_head=args.mask_softmax == "per_head",
                          map_channels=backbone[0].finer_channels)
@@ -68,8 +76,16 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
         if args.dataset_file == "coco_panoptic":
             postprocessors["panoptic"] = PostProcessPanoptic(is_thing_map or coco_is_thing_map(num_classes))
     matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou,
-                               args.num_queries // args.num_patches if pretraining and args.match_within_group else None)
-    num_layers = args.dec_layers if args.aux_loss else 1
-    criterion = SetCriterion(num_classes, matcher, weights_for_layers(weights, num_layers), args.eos_coef, losses)
+                               args.num_queries // args.num_patches if pretraining and args.match_within_group else None,
+                               FocalClassification(args.focal_alpha) if deformable else SoftmaxClassification())
+    weight_dict = weights_for_layers(weights, args.dec_layers if args.aux_loss else 1)
+    if deformable:
+        weight_dict.update({f"{name}_enc": weight for name, weight in weights.items()})  # of proposals, in two stages
+    criterion = SetCriterion(num_classes, matcher, weight_dict, args.eos_coef, losses)
     device = torch.device(args.device)
     return model.to(device), criterion.to(device), postprocessors
+
+
+def build_postprocess(args: argparse.Namespace) -> nn.Module:
+    """What turns the model's outputs into detections."""
+    return PostProcessFocal() if args.model == "deformable_detr" else PostProcess()

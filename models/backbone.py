@@ -1,6 +1,6 @@
 """ResNet backbones with frozen batch normalisation, and their pairing with a position encoding."""
 import argparse
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -83,18 +83,21 @@ class BackboneBase(nn.Module):
         num_channels: channels of the deepest map.
         return_interm_layers: return the maps of all four layers instead of the deepest alone.
         last_layer: "layer4", or "layer3" for a shallower backbone of stride 16.
+        num_maps: return that many of the deepest maps; one, or all with `return_interm_layers`, if not given.
     """
 
     def __init__(self, backbone: nn.Module, train_backbone: bool, num_channels: int, return_interm_layers: bool,
-                 last_layer: str = "layer4") -> None:
+                 last_layer: str = "layer4", num_maps: Optional[int] = None) -> None:
         super().__init__()
         for name, parameter in backbone.named_parameters():
             if not train_backbone or not name.startswith(LAYERS[1:]):
                 parameter.requires_grad_(False)
         depth = LAYERS.index(last_layer) + 1
-        self.body = ResNetBody(backbone, last_layer, num_maps=depth if return_interm_layers else 1)
+        num_maps = num_maps or (depth if return_interm_layers else 1)
+        self.body = ResNetBody(backbone, last_layer, num_maps)
         self.body.to(memory_format=torch.channels_last)  # faster convolutions, equal up to rounding
         self.num_channels = num_channels
+        self.map_channels = [num_channels // 2 ** i for i in reversed(range(num_maps))]  # of each returned map
         # Of layer3, layer2, layer1, each half of the next deeper one's: what a mask head refines its masks with.
         self.finer_channels = [num_channels // 2 ** (depth - level) for level in (3, 2, 1)]
 
@@ -114,7 +117,7 @@ class Backbone(BackboneBase):
 
     Args:
         name: "resnet18", "resnet34", "resnet50" or "resnet101".
-        train_backbone, return_interm_layers, last_layer: see `BackboneBase`.
+        train_backbone, return_interm_layers, last_layer, num_maps: see `BackboneBase`.
         dilation: keep layer4 at stride 16 by dilating its convolutions (DC5; ResNet-50 and -101).
 
     Raises:
@@ -122,7 +125,7 @@ class Backbone(BackboneBase):
     """
 
     def __init__(self, name: str, train_backbone: bool, return_interm_layers: bool, dilation: bool,
-                 last_layer: str = "layer4") -> None:
+                 last_layer: str = "layer4", num_maps: Optional[int] = None) -> None:
         if name not in SUPERVISED_URLS:
             raise InputError(f"--backbone {name} is not one of {', '.join(SUPERVISED_URLS)}")
         if last_layer not in LAYERS[2:]:
@@ -133,15 +136,16 @@ class Backbone(BackboneBase):
         resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d,
                                                    replace_stride_with_dilation=[False, False, dilation])
         num_channels = (512 if basic_blocks else 2048) // (1 if last_layer == "layer4" else 2)
-        super().__init__(resnet, train_backbone, num_channels, return_interm_layers, last_layer)
+        super().__init__(resnet, train_backbone, num_channels, return_interm_layers, last_layer, num_maps)
 
 
 class Joiner(nn.Sequential):
-    """Backbone and position encoding in a row; `num_channels` is the backbone's."""
+    """Backbone and position encoding in a row; `num_channels` and `map_channels` are the backbone's."""
 
     def __init__(self, backbone: nn.Module, position_embedding: nn.Module) -> None:
         super().__init__(backbone, position_embedding)
         self.num_channels: int = getattr(backbone, "num_channels", 0)
+        self.map_channels: List[int] = getattr(backbone, "map_channels", [self.num_channels])
 
     def forward(self, tensor_list: NestedTensor) -> Tuple[List[NestedTensor], List[Tensor]]:
         """Images -> feature maps with masks, shallowest first, and the position encoding [B, d, h, w] of each."""
@@ -200,11 +204,13 @@ def load_backbone_weights(body: ResNetBody, source: str, name: str) -> None:
 def build_backbone(args: argparse.Namespace) -> Joiner:
     """Backbone, its weights and the position encoding, as the flags say.
 
-    With `--masks` it returns the maps of all layers. Its weights are not looked for when a checkpoint that holds them
-    is about to be loaded.
+    With `--masks` it returns the maps of all layers, for Deformable DETR those of stride 8 and more, as many as its levels
+    at most. Its weights are not looked for when a checkpoint that holds them is about to be loaded.
     """
+    last_layer = args.backbone_last_layer
+    num_maps = min(args.num_feature_levels, LAYERS.index(last_layer)) if args.model == "deformable_detr" else None
     backbone = Backbone(args.backbone, train_backbone=args.lr_backbone > 0, return_interm_layers=bool(args.masks),
-                        dilation=args.dilation, last_layer=args.backbone_last_layer)
+                        dilation=args.dilation, last_layer=last_layer, num_maps=num_maps)
     if not (args.resume or args.pretrain or args.frozen_weights):
         load_backbone_weights(backbone.body, args.load_backbone, args.backbone)
     return Joiner(backbone, build_position_encoding(args))

@@ -2,7 +2,7 @@
 
 The losses of all decoder layers are computed together, on tensors whose first dimension is the layer.
 """
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from models.matcher import HungarianMatcher, Matching
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
 from util.distributed import get_world_size, reduce_sum
 from util.misc import accuracy
+
+OF_PROPOSALS = ("labels", "boxes", "cardinality")  # losses of a two-stage detector's proposals
 
 
 def layer_names(name: str, num_layers: int) -> List[str]:
@@ -26,21 +28,21 @@ def weights_for_layers(weights: Dict[str, float], num_layers: int) -> Dict[str, 
 
 
 class SetCriterion(nn.Module):
-    """DETR's loss, with that of masks and UP-DETR's feature reconstruction.
+    """The loss of all detectors, with that of masks and UP-DETR's feature reconstruction.
 
     Args:
         num_classes: highest label + 1; the class index of "no object".
-        matcher: assigns targets to queries.
+        matcher: assigns targets to queries; its `classification` is the classification loss's, too.
         weight_dict: weight of each reported loss; the total is the weighted sum over the names in it.
-        eos_coef: weight of the no-object class in the classification loss (other classes: 1).
+        eos_coef: weight of the no-object class in a softmax's loss (other classes: 1); a focal loss has none.
         losses: which of "labels", "boxes", "cardinality", "masks", "feature" to compute.
 
     Raises:
         ValueError: for a loss of another name.
     """
 
-    def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_dict: Dict[str, float], eos_coef: float,
-                 losses: Sequence[str]) -> None:
+    def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_dict: Dict[str, float],
+                 eos_coef: Optional[float], losses: Sequence[str]) -> None:
         super().__init__()
         unknown = sorted(set(losses) - set(self._losses()))
         if unknown:
@@ -50,9 +52,8 @@ class SetCriterion(nn.Module):
         self.weight_dict = weight_dict
         self.eos_coef = eos_coef
         self.losses = list(losses)
-        empty_weight = torch.ones(num_classes + 1)
-        empty_weight[-1] = eos_coef
-        self.register_buffer("empty_weight", empty_weight)
+        self.classification = matcher.classification
+        self.register_buffer("empty_weight", self.classification.class_weights(num_classes, eos_coef))
 
     def _losses(self) -> Dict[str, Callable[..., Dict[str, Tensor]]]:
         return {"labels": self.loss_labels, "boxes": self.loss_boxes, "cardinality": self.loss_cardinality,
@@ -62,42 +63,52 @@ class SetCriterion(nn.Module):
         """Losses of a batch.
 
         Args:
-            outputs: `pred_logits` [B, N, C + 1], `pred_boxes` [B, N, 4] and what the losses need besides; `aux_outputs`
-                may hold the same of the earlier layers.
+            outputs: `pred_logits` [B, N, C + 1] ([B, N, C] without a no-object class), `pred_boxes` [B, N, 4] and what the
+                losses need besides; `aux_outputs` may hold the same of the earlier layers, `enc_outputs` logits and boxes of
+                a two-stage detector's proposals, for which every object is of class 0.
             targets: for each image `labels` int64 [n], `boxes` cxcywh [n, 4] in 0..1; `masks` bool [n, H, W] for them.
 
         Returns:
-            scalar tensors by name; figures of earlier layers end in `_0`, `_1`, ….
+            scalar tensors by name; figures of earlier layers end in `_0`, `_1`, …, those of proposals in `_enc`.
 
         In training the normalisers are those of the whole batch over all processes, divided by the number of processes,
         so that averaged gradients equal those of one process that holds the whole batch.
         """
-        layers = [*outputs.get("aux_outputs", []), outputs]
-        stacked = {name: torch.stack([layer[name] for layer in layers]).float()
-                   for name in ("pred_logits", "pred_boxes", "pred_feature") if name in outputs}
-        if "gt_feature" in outputs:
-            stacked["gt_feature"] = outputs["gt_feature"].float()
-        if "pred_masks" in outputs:
-            stacked["pred_masks"] = outputs["pred_masks"][None]  # of the last layer only
-        matching = self.matcher.match_layers(stacked["pred_logits"], stacked["pred_boxes"], targets)
-        classes = self._target_classes(stacked["pred_logits"], targets, matching)
-        num_boxes, class_weight = self._normalisers(classes, targets)
-        per_layer: Dict[str, Tensor] = {}
-        for name in self.losses:
-            per_layer.update(self._losses()[name](stacked, targets, matching, classes=classes, num_boxes=num_boxes,
-                                                  class_weight=class_weight))
+        stacked = _stack_layers(outputs)
+        groups = [(stacked["pred_logits"], stacked["pred_boxes"], targets)]
+        proposals: Dict[str, Tensor] = {}
+        if "enc_outputs" in outputs:
+            proposals = _stack_layers(outputs["enc_outputs"])
+            objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+            groups.append((proposals["pred_logits"], proposals["pred_boxes"], objects))
+        matchings = self.matcher.match_groups(groups)
+        per_layer = self._losses_of(self.losses, stacked, targets, matchings[0])
         losses = {name: values[-1] for name, values in per_layer.items()}
         for name, values in per_layer.items():
             losses.update(zip(layer_names(name, len(values))[:-1], values[:-1]))
+        if proposals:
+            of_proposals = self._losses_of(OF_PROPOSALS, proposals, objects, matchings[1])
+            del of_proposals["class_error"]  # with one class there are no wrong ones
+            losses.update({f"{name}_enc": values[-1] for name, values in of_proposals.items()})
         return losses
 
+    def _losses_of(self, names: Sequence[str], stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]],
+                   matching: Matching) -> Dict[str, Tensor]:
+        """The named losses of stacked layers; each is [L], or [1] where only the last layer has it."""
+        classes = self._target_classes(stacked["pred_logits"], targets, matching)
+        num_boxes, class_normaliser = self._normalisers(classes, targets)
+        per_layer: Dict[str, Tensor] = {}
+        for name in names:
+            per_layer.update(self._losses()[name](stacked, targets, matching, classes=classes, num_boxes=num_boxes,
+                                                  class_normaliser=class_normaliser))
+        return per_layer
+
     def loss_labels(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]], matching: Matching, *,
-                    classes: Tensor, class_weight: Tensor, **_: Tensor) -> Dict[str, Tensor]:
-        """`loss_ce` [L]: weighted mean cross-entropy of all queries; `class_error` [1]: % of the last layer's matched queries
-        whose best class is wrong (100 without any)."""
+                    classes: Tensor, class_normaliser: Tensor, **_: Tensor) -> Dict[str, Tensor]:
+        """`loss_ce` [L]: see `models.classification`; `class_error` [1]: % of the last layer's matched queries whose best class
+        is wrong (100 without any)."""
         logits = stacked["pred_logits"]
-        entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.empty_weight, reduction="none")
-        loss = entropy.view(len(logits), -1).sum(1) / class_weight
+        loss = self.classification.loss(logits, classes, class_normaliser, self.empty_weight)
         image, query = matching.image[-1], matching.query[-1]
         correct = accuracy(logits[-1, image, query].detach(), classes[-1, image, query])[0]
         return {"loss_ce": loss, "class_error": (100 - correct)[None]}
@@ -114,10 +125,10 @@ class SetCriterion(nn.Module):
     @torch.no_grad()
     def loss_cardinality(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]], matching: Matching,
                          **_: Tensor) -> Dict[str, Tensor]:
-        """`cardinality_error` [L]: how far the number of queries that aren't "no object" is from the number of objects, on
-        average over images. Not a loss: it has no gradient."""
+        """`cardinality_error` [L]: how far the number of queries that see an object is from the number of objects, on average
+        over images. Not a loss: it has no gradient."""
         logits = stacked["pred_logits"]
-        found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(2)
+        found = self.classification.finds_object(logits).sum(2)
         present = torch.tensor([len(target["labels"]) for target in targets]).to(logits.device, non_blocking=True)
         return {"cardinality_error": (found - present).abs().float().mean(1)}
 
@@ -156,14 +167,25 @@ class SetCriterion(nn.Module):
         return classes
 
     def _normalisers(self, classes: Tensor, targets: Sequence[Dict[str, Tensor]]) -> Sequence[Tensor]:
-        """Number of objects (at least 1) and, per layer, the summed class weights; see `forward` for processes."""
+        """Number of objects (at least 1) and, per layer, that of the class loss; see `forward` for processes."""
         count = sum(len(target["labels"]) for target in targets)
         num_boxes = torch.tensor([float(count)]).to(classes.device, non_blocking=True)
-        weights = self.empty_weight[classes].sum((1, 2))
-        sums = torch.cat([num_boxes, weights])
+        sums = torch.cat([num_boxes, self.classification.normaliser(classes, num_boxes, self.empty_weight)])
         if self.training:
             sums = reduce_sum(sums) / get_world_size()
         return sums[0].clamp(min=1), sums[1:]
+
+
+def _stack_layers(outputs: Dict[str, Any]) -> Dict[str, Tensor]:
+    """Outputs of all layers in tensors whose first dimension is the layer."""
+    layers = [*outputs.get("aux_outputs", []), outputs]
+    stacked = {name: torch.stack([layer[name] for layer in layers]).float()
+               for name in ("pred_logits", "pred_boxes", "pred_feature") if name in outputs}
+    if "gt_feature" in outputs:
+        stacked["gt_feature"] = outputs["gt_feature"].float()
+    if "pred_masks" in outputs:
+        stacked["pred_masks"] = outputs["pred_masks"][None]  # of the last layer only
+    return stacked
 
 
 def _padded_size(targets: Sequence[Dict[str, Tensor]]) -> Tuple[int, int]:

@@ -7,6 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from models.classification import Classification, SoftmaxClassification
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
 
 
@@ -29,17 +30,18 @@ class Matching:
 class HungarianMatcher(nn.Module):
     """Finds, for every image and decoder layer, the one-to-one assignment of targets to queries of least cost.
 
-    The cost of a pair is cost_class * (-probability of the target's class) + cost_bbox * L1 distance of the boxes (cxcywh)
-    + cost_giou * (-generalised IoU).
+    The cost of a pair is cost_class * (cost of the target's class, see `models.classification`) + cost_bbox * L1 distance of
+    the boxes (cxcywh) + cost_giou * (-generalised IoU).
 
     Args:
         cost_class, cost_bbox, cost_giou: weights; at least one is positive, else ValueError.
         queries_per_target: if given, target j of an image may only be matched to queries j*k … j*k + k - 1, the ones to
             which UP-DETR adds patch j (an option of ours, `--match_within_group`).
+        classification: how queries say their class; softmax if not given.
     """
 
     def __init__(self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1,
-                 queries_per_target: Optional[int] = None) -> None:
+                 queries_per_target: Optional[int] = None, classification: Optional[Classification] = None) -> None:
         super().__init__()
         if not any((cost_class, cost_bbox, cost_giou)):
             raise ValueError("the matching costs cost_class, cost_bbox and cost_giou are all zero")
@@ -47,6 +49,7 @@ class HungarianMatcher(nn.Module):
         self.cost_bbox = cost_bbox
         self.cost_giou = cost_giou
         self.queries_per_target = queries_per_target
+        self.classification = classification or SoftmaxClassification()
 
     def forward(self, outputs: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]]) -> List[Tuple[Tensor, Tensor]]:
         """Match one layer: outputs `pred_logits` [B, N, C], `pred_boxes` [B, N, 4] with a sequence of B targets.
@@ -54,27 +57,41 @@ class HungarianMatcher(nn.Module):
         Returns:
             for each image a pair of int64 CPU tensors (query, target) of equal length min(N, n), sorted by query.
         """
-        cost = self.costs(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)
+        cost = self.costs(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets).cpu()
         sizes = [len(target["labels"]) for target in targets]
         return [(query[0], target[0]) for query, target in self._assign(cost, sizes, targets)]
 
     @torch.no_grad()
     def match_layers(self, logits: Tensor, boxes: Tensor, targets: Sequence[Dict[str, Tensor]]) -> Matching:
-        """Match all decoder layers with one cost computation and one copy to the host.
+        """Match all decoder layers; see `match_groups`."""
+        return self.match_groups([(logits, boxes, targets)])[0]
+
+    @torch.no_grad()
+    def match_groups(self, groups: Sequence[Tuple[Tensor, Tensor, Sequence[Dict[str, Tensor]]]]) -> List[Matching]:
+        """Match groups of layers, each with one cost computation, and all with one copy to the host.
 
         Args:
-            logits: [L, B, N, C]; boxes: cxcywh [L, B, N, 4].
+            groups: triples of logits [L, B, N, C], boxes cxcywh [L, B, N, 4] and a sequence of B targets; groups may differ
+                in L, N and their targets' labels.
 
         Raises:
             NonFinitePredictionError: if a prediction that takes part isn't finite.
         """
+        costs = [self.costs(*group) for group in groups]
+        host = torch.cat([cost.flatten() for cost in costs]).cpu()  # the step's one wait for the device
+        parts = host.split([cost.numel() for cost in costs])
+        return [self._matching(part.view(cost.shape), targets, cost.device)
+                for part, cost, (_, _, targets) in zip(parts, costs, groups)]
+
+    def _matching(self, cost: Tensor, targets: Sequence[Dict[str, Tensor]], device: torch.device) -> Matching:
+        """Solve the problems of one group, whose costs [L, T, N] are on the host."""
         sizes = [len(target["labels"]) for target in targets]
-        pairs = self._assign(self.costs(logits, boxes, targets), sizes, targets)
+        pairs = self._assign(cost, sizes, targets)
         offsets = np.cumsum([0] + sizes[:-1])
         image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(pairs)], dim=1)
         query = torch.cat([query for query, _ in pairs], dim=1)
         target = torch.cat([target + int(offset) for offset, (_, target) in zip(offsets, pairs)], dim=1)
-        image, query, target = torch.stack([image, query, target]).to(logits.device, non_blocking=True)
+        image, query, target = torch.stack([image, query, target]).to(device, non_blocking=True)
         return Matching(image, query, target)
 
     @torch.no_grad()
@@ -84,17 +101,16 @@ class HungarianMatcher(nn.Module):
         labels = torch.cat([target["labels"] for target in targets])
         target_boxes = torch.cat([target["boxes"] for target in targets]).float()
         image = torch.repeat_interleave(torch.arange(len(targets)), sizes).to(labels.device, non_blocking=True)
-        probability = logits.float().softmax(-1)[:, image, :, labels].transpose(0, 1)
         predicted = boxes.float()[:, image]
         expected = target_boxes[None, :, None]
-        cost = -self.cost_class * probability
+        cost = self.cost_class * self.classification.matching_cost(logits.float(), image, labels)
         cost = cost + self.cost_bbox * (predicted - expected).abs().sum(-1)
         giou = aligned_generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(expected))
         return cost - self.cost_giou * giou
 
     def _assign(self, cost: Tensor, sizes: List[int], targets: Sequence[Dict[str, Any]]) -> List[Tuple[Tensor, Tensor]]:
         """Solve every (layer, image) problem on the host; per image a pair (query, target) of int64 [L, k]."""
-        host = cost.cpu().numpy()  # the step's one wait for the device
+        host = cost.numpy()
         blocks = np.split(host, np.cumsum(sizes)[:-1], axis=1)
         if not np.isfinite(host).all():
             bad = [str(_image_id(target)) for block, target in zip(blocks, targets) if not np.isfinite(block).all()]

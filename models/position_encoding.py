@@ -19,10 +19,11 @@ class PositionEmbeddingSine(nn.Module):
         temperature: ratio of the longest wavelength to the shortest.
         normalize: divide by the last position, so that an image of any size spans the same range.
         scale: that range, 2π unless given. Raises ValueError if given without `normalize`.
+        from_centre: where normalised, count a pixel's position to its centre (Deformable DETR) instead of its far edge (DETR).
     """
 
     def __init__(self, num_pos_feats: int = 64, temperature: float = 10000, normalize: bool = False,
-                 scale: Optional[float] = None) -> None:
+                 scale: Optional[float] = None, from_centre: bool = False) -> None:
         super().__init__()
         if scale is not None and not normalize:
             raise ValueError(f"scale={scale} has no effect without normalize=True")
@@ -30,6 +31,7 @@ class PositionEmbeddingSine(nn.Module):
         self.temperature = temperature
         self.normalize = normalize
         self.scale = 2 * math.pi if scale is None else scale
+        self.shift = 0.5 if from_centre else 0.0
 
     def forward(self, tensor_list: NestedTensor) -> Tensor:
         """Feature map [B, C, h, w] with mask [B, h, w] -> float [B, 2 * num_pos_feats, h, w], rows first."""
@@ -39,8 +41,8 @@ class PositionEmbeddingSine(nn.Module):
         rows = inside.cumsum(1)
         columns = inside.cumsum(2)
         if self.normalize:
-            rows = rows / (rows[:, -1:, :] + 1e-6) * self.scale
-            columns = columns / (columns[:, :, -1:] + 1e-6) * self.scale
+            rows = (rows - self.shift) / (rows[:, -1:, :] + 1e-6) * self.scale
+            columns = (columns - self.shift) / (columns[:, :, -1:] + 1e-6) * self.scale
         channel = torch.arange(self.num_pos_feats, dtype=torch.float32, device=mask.device)
         wavelength = self.temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / self.num_pos_feats)
         return torch.cat([self._waves(rows, wavelength), self._waves(columns, wavelength)], dim=3).permute(0, 3, 1, 2)
@@ -79,5 +81,6 @@ class PositionEmbeddingLearned(nn.Module):
 def build_position_encoding(args: argparse.Namespace) -> nn.Module:
     """The encoding that `--position_embedding` names, with `--hidden_dim` channels."""
     if args.position_embedding == "sine":
-        return PositionEmbeddingSine(args.hidden_dim // 2, normalize=True)
+        return PositionEmbeddingSine(args.hidden_dim // 2, normalize=True, scale=args.position_embedding_scale,
+                                     from_centre=args.model == "deformable_detr")
     return PositionEmbeddingLearned(args.hidden_dim // 2)

@@ -15,9 +15,9 @@ DETECTOR, PRETRAINED = "coco", "imagenet"  # the --dataset_file whose models the
 
 # What tensors don't tell: taken from the flags that the checkpoint holds, else at its default.
 STORED_FLAGS = {
-    DETECTOR: ("nheads", "dilation", "val_size", "max_size"),
-    PRETRAINED: ("nheads", "dilation", "num_patches", "patch_size", "min_patch", "max_patch", "pretrain_sizes",
-                 "pretrain_max_size"),
+    DETECTOR: ("nheads", "dilation", "val_size", "max_size", "position_embedding_scale", "num_queries"),
+    PRETRAINED: ("nheads", "dilation", "position_embedding_scale", "num_patches", "patch_size", "min_patch", "max_patch",
+                 "pretrain_sizes", "pretrain_max_size"),
 }
 # Number of residual blocks in layer1 … layer4, and whether they are bottlenecks (three convolutions).
 RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False),
@@ -57,7 +57,9 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
     for name in STORED_FLAGS[kind]:
         if stored.get(name) is not None:
             setattr(args, name, stored[name])
-    for name, value in {**given, **architecture(state, location)}.items():
+    given = {name: value for name, value in given.items() if value is not None}
+    nheads = given.get("nheads", args.nheads)
+    for name, value in {**given, **architecture(state, location, nheads)}.items():
         if value is not None:
             setattr(args, name, value)
     if args.masks and args.mask_softmax is None:
@@ -73,9 +75,11 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
 
 def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
     needed = ("query_embed.weight", "class_embed.weight", "transformer.decoder.norm.weight", "input_proj.weight")
+    if is_deformable(state):
+        needed = ("class_embed.0.weight", "bbox_embed.0.layers.0.weight", "input_proj.0.0.weight")
     holds = f"--checkpoint {location} holds {describe_kind(state)}"
     if any(name not in detector_of(state) for name in needed):
-        raise InputError(f"{holds}; this program shows DETR and UP-DETR models")
+        raise InputError(f"{holds}; this program shows DETR, Deformable DETR and UP-DETR models")
     pretrained = "patch2query.weight" in state
     if pretrained and kind == DETECTOR:
         raise InputError(f"{holds}, which finds patches and knows no classes: use python -m tools.find_patch, "
@@ -85,12 +89,14 @@ def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
                          "or give the checkpoint of a pre-training (main.py --imagenet_path)")
 
 
-def architecture(state: Dict[str, Tensor], location: str) -> Dict[str, Any]:
-    """The flags that the tensors of a DETR, with or without masks, or UP-DETR tell.
+def architecture(state: Dict[str, Tensor], location: str, nheads: int = 8) -> Dict[str, Any]:
+    """The flags that the tensors of a DETR, with or without masks, UP-DETR or Deformable DETR tell, if it has so many heads.
 
     Raises:
-        InputError: if its backbone is no ResNet that can be built.
+        InputError: if its backbone is no ResNet that can be built, or the heads don't fit.
     """
+    if is_deformable(state):
+        return _deformable_architecture(state, location, nheads)
     whole, state = state, detector_of(state)
     num_queries, hidden_dim = state["query_embed.weight"].shape
     told: Dict[str, Any] = {
@@ -109,6 +115,34 @@ def architecture(state: Dict[str, Tensor], location: str) -> Dict[str, Any]:
     if "mask_head.lay1.weight" in whole:
         # The head's first convolution sees the projected map and an attention map for each head.
         told.update(masks=True, nheads=len(whole["mask_head.lay1.weight"]) - hidden_dim)
+    return told
+
+
+def is_deformable(state: Dict[str, Tensor]) -> bool:
+    """Whether the tensors are a Deformable DETR's."""
+    return "transformer.level_embed" in state
+
+
+def _deformable_architecture(state: Dict[str, Tensor], location: str, nheads: int) -> Dict[str, Any]:
+    num_levels, hidden_dim = state["transformer.level_embed"].shape
+    enc_layers, dec_layers = (len(_next_parts(state, f"transformer.{part}.layers.")) for part in ("encoder", "decoder"))
+    points = {}
+    for flag, name in (("enc_n_points", "encoder.layers.0.self_attn"), ("dec_n_points", "decoder.layers.0.cross_attn")):
+        num_weights = len(state[f"transformer.{name}.attention_weights.weight"])
+        points[flag], rest = divmod(num_weights, nheads * num_levels)
+        if rest:
+            raise InputError(f"--checkpoint {location} samples {num_weights} points of {num_levels} feature levels, which "
+                             f"{nheads} attention heads can't share; give --nheads")
+    told = {
+        "model": "deformable_detr", "num_feature_levels": num_levels, "hidden_dim": hidden_dim, "enc_layers": enc_layers,
+        "dec_layers": dec_layers, "dim_feedforward": len(state["transformer.decoder.layers.0.linear1.weight"]), **points,
+        "two_stage": "transformer.enc_output.weight" in state,
+        "with_box_refine": bool(_next_parts(state, "transformer.decoder.bbox_embed.")),
+        "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
+        "num_classes": len(state["class_embed.0.weight"]), **_backbone(state, location),
+    }
+    if "query_embed.weight" in state:
+        told["num_queries"] = len(state["query_embed.weight"])
     return told
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from datasets.coco import class_names, make_coco_transforms, read_ground_truth
 from datasets.image_io import UnreadableImage, read_image
 from datasets.pretext import list_images
-from models.detr import PostProcess
+from models import build_postprocess
 from models.segmentation import PostProcessPanoptic, PostProcessSegm
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import write_json_lines, writing
@@ -166,7 +166,7 @@ class Detector:
             loaded.model.min_score = threshold
             self.model = loaded.model if with_masks or is_thing_map else loaded.model.detr
         self.transforms = make_coco_transforms("val", val_size=loaded.args.val_size, max_size=loaded.args.max_size)
-        self.postprocess, self.with_masks, self.segm = PostProcess(), with_masks, PostProcessSegm()
+        self.postprocess, self.with_masks, self.segm = build_postprocess(loaded.args), with_masks, PostProcessSegm()
         self.panoptic = PostProcessPanoptic(is_thing_map, threshold) if is_thing_map else None
 
     @torch.no_grad()

@@ -160,12 +160,20 @@ def describe_kind(state: Dict[str, Tensor]) -> str:
     if any(name.startswith("mask_head.") for name in state):
         detector = detector_of(state)
         return "a DETR with a mask head" if detector is state else describe_kind(detector) + " and a mask head"
-    if any(name.startswith("transformer.level_embed") for name in state):
-        return "a Deformable DETR"
+    if "transformer.level_embed" in state:
+        return _describe_deformable(state)
     if "transformer.decoder.norm.weight" in state:
         norm = "pre" if "transformer.encoder.norm.weight" in state else "post"
         return f"a {norm}-norm DETR with {num_outputs(state) - 1} classes" if num_outputs(state) else "a DETR"
     return "something else than a detector"
+
+
+def _describe_deformable(state: Dict[str, Tensor]) -> str:
+    levels, classes = len(state["transformer.level_embed"]), len(state.get("class_embed.0.weight", ()))
+    stages = "two-stage " if "transformer.enc_output.weight" in state else ""
+    refined = any(name.startswith("transformer.decoder.bbox_embed.") for name in state)
+    return (f"a {stages}Deformable DETR {'with box refinement, ' if refined else ''}with {levels} feature "
+            f"level{'s' if levels > 1 else ''} and {classes} classes")
 
 
 def num_outputs(state: Dict[str, Tensor]) -> int:

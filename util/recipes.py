@@ -1,6 +1,7 @@
 """Which defaults belong to which training: the one table in which the published programs' differences are written down."""
 import argparse
-from typing import Any, Callable, Dict, Union
+import math
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 
@@ -10,29 +11,49 @@ from util.parallel import available_cpus
 Default = Union[Any, Callable[[argparse.Namespace], Any]]
 
 
+def _position_scale(args: argparse.Namespace) -> Optional[float]:
+    return 2 * math.pi if args.position_embedding == "sine" else None
+
+
 _LABELLED: Dict[str, Default] = {
-    "epochs": 300, "lr_drop": 200, "lr_backbone": 1e-5, "eos_coef": 0.1, "num_workers": 2,
-    "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False, "masks": False,
+    "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False,
+}
+_DETR: Dict[str, Default] = {
+    "lr": 1e-4, "lr_backbone_names": ["backbone."], "num_queries": 100, "dim_feedforward": 2048, "pre_norm": False,
+    "position_embedding_scale": _position_scale, "set_cost_class": 1.0, "cls_loss_coef": 1.0,
+}
+_DETR_LABELLED: Dict[str, Default] = {
+    **_LABELLED, **_DETR, "epochs": 300, "lr_drop": 200, "lr_backbone": 1e-5, "eos_coef": 0.1, "masks": False,
     "mask_loss_coef": 1.0, "dice_loss_coef": 1.0, "mask_softmax": "joint",
 }
+_DEFORMABLE_LABELLED: Dict[str, Default] = {
+    **_LABELLED, "epochs": 50, "lr_drop": 40, "lr": 2e-4, "lr_backbone": 2e-5, "lr_backbone_names": ["backbone.0"],
+    "lr_linear_proj_names": ["reference_points", "sampling_offsets"], "lr_linear_proj_mult": 0.1, "num_queries": 300,
+    "dim_feedforward": 1024, "position_embedding_scale": _position_scale, "num_feature_levels": 4, "enc_n_points": 4,
+    "dec_n_points": 4, "with_box_refine": False, "two_stage": False, "set_cost_class": 2.0, "cls_loss_coef": 2.0,
+    "focal_alpha": 0.25,
+}
 
-
-# By --dataset_file: the defaults of flags that were not given. A function computes its value from the other flags.
-# Values: DETR's and UP-DETR's published programs; no-match weight M/N: UP-DETR, sec. 4.1.
-RECIPES: Dict[str, Dict[str, Default]] = {
-    "coco": _LABELLED,
-    "coco_panoptic": _LABELLED,
-    "voc": _LABELLED,
-    "imagenet": {
-        "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
+# By --model and --dataset_file: the defaults of flags that were not given. A function computes its value from the other
+# flags. Values: the published programs of DETR, UP-DETR and Deformable DETR; no-match weight M/N: UP-DETR, sec. 4.1.
+RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
+    ("detr", "coco"): _DETR_LABELLED,
+    ("detr", "coco_panoptic"): _DETR_LABELLED,
+    ("detr", "voc"): _DETR_LABELLED,
+    ("deformable_detr", "coco"): _DEFORMABLE_LABELLED,
+    ("deformable_detr", "coco_panoptic"): _DEFORMABLE_LABELLED,
+    ("deformable_detr", "voc"): _DEFORMABLE_LABELLED,
+    ("detr", "imagenet"): {
+        **_DETR, "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
         "num_patches": 10, "feature_recon": False, "query_shuffle": False, "fre_cnn": False, "match_within_group": False,
         "patch_size": 128, "min_patch": 8, "held_out_share": 0.0,
         "lr_backbone": lambda args: 0.0 if args.fre_cnn else args.lr,
         "eos_coef": lambda args: args.num_patches / args.num_queries,
     },
 }
-NAMES = {"coco": "DETR on COCO-format data", "coco_panoptic": "DETR on COCO-format panoptic data",
-         "voc": "DETR on Pascal VOC", "imagenet": "UP-DETR pre-training"}
+MODELS = {"detr": "DETR", "deformable_detr": "Deformable DETR"}
+DATASETS = {"coco": "COCO-format data", "coco_panoptic": "COCO-format panoptic data", "voc": "Pascal VOC",
+            "imagenet": "images without labels"}
 
 # Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
 FLAGS_OF = {
@@ -48,8 +69,15 @@ FLAGS_OF = {
     **{name: ("coco", "coco_panoptic", "voc") for name in (
         "train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
 }
+# The same for flags that mean something for one model only.
+MODEL_OF = {
+    **{name: "detr" for name in ("pre_norm", "eos_coef", "masks", "frozen_weights")},
+    **{name: "deformable_detr" for name in (
+        "with_box_refine", "two_stage", "num_feature_levels", "enc_n_points", "dec_n_points", "focal_alpha",
+        "lr_linear_proj_names", "lr_linear_proj_mult")},
+}
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size", "overfit")
+                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points")
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 REQUIRED_PATHS = {"coco": ("coco_path",), "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
                   "imagenet": ("imagenet_path",)}
@@ -65,11 +93,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """
     if args.dataset_file is None:
         args.dataset_file = _dataset_of_path(args)
+    if args.model is None:
+        args.model = "detr"
     if not getattr(args, "resolved", False):
-        for name, datasets in FLAGS_OF.items():
-            if getattr(args, name) is not None and args.dataset_file not in datasets:
-                raise InputError(f"--{name} has no effect with --dataset_file {args.dataset_file}; "
-                                 f"it belongs to {' and '.join(datasets)}")
+        _check_belonging(args)
         _check_values(args)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +106,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--device {args.device} is not a device; use cuda, cuda:1 or cpu") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: this machine has no usable CUDA device; pass --device cpu")
-    for name, default in RECIPES[args.dataset_file].items():
+    for name, default in RECIPES[args.model, args.dataset_file].items():
         if getattr(args, name) is None:
             setattr(args, name, default(args) if callable(default) else default)
             if name == "num_workers":
@@ -93,6 +120,19 @@ def _dataset_of_path(args: argparse.Namespace) -> str:
     return given[-1] if given else "coco"
 
 
+def _check_belonging(args: argparse.Namespace) -> None:
+    for name, datasets in FLAGS_OF.items():
+        if getattr(args, name) is not None and args.dataset_file not in datasets:
+            raise InputError(f"--{name} has no effect with --dataset_file {args.dataset_file}; "
+                             f"it belongs to {' and '.join(datasets)}")
+    for name, model in MODEL_OF.items():
+        if getattr(args, name) is not None and args.model != model:
+            raise InputError(f"--{name} is for --model {model} only, not for {args.model}")
+    if (args.model, args.dataset_file) not in RECIPES:
+        raise InputError(f"--model {args.model} has no training on {DATASETS[args.dataset_file]} "
+                         f"(--dataset_file {args.dataset_file})")
+
+
 def _check_values(args: argparse.Namespace) -> None:
     for name in AT_LEAST_ONE:
         value = getattr(args, name)
@@ -100,6 +140,10 @@ def _check_values(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value} must be at least 1")
     if args.hidden_dim % 4 or args.hidden_dim % args.nheads:
         raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 4 and of --nheads {args.nheads}")
+    if args.model == "deformable_detr" and args.hidden_dim % 32:
+        raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 32 for --model deformable_detr")
+    if args.position_embedding_scale is not None and args.position_embedding != "sine":
+        raise InputError("--position_embedding_scale has no effect without --position_embedding sine")
     for name in OF_MASKS:
         if getattr(args, name) is not None and not args.masks:
             raise InputError(f"--{name} has no effect without --masks")
@@ -108,6 +152,10 @@ def _check_values(args: argparse.Namespace) -> None:
     if args.tensorboard and (args.eval or not args.output_dir):
         raise InputError("--tensorboard writes down a training in --output_dir; "
                          + ("--eval doesn't train" if args.eval else "that flag is missing"))
+    if args.lr_drop_epochs and args.lr_drop is not None:
+        raise InputError(f"--lr_drop {args.lr_drop} has no effect with --lr_drop_epochs")
+    if args.lr_drop_epochs and min(args.lr_drop_epochs) < 1:
+        raise InputError(f"--lr_drop_epochs {min(args.lr_drop_epochs)} must be at least 1")
     if args.fre_cnn and args.lr_backbone:
         raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
 
@@ -125,4 +173,5 @@ def require_data(args: argparse.Namespace) -> None:
 def describe(args: argparse.Namespace) -> str:
     """The training's name and all flags with their resolved values, for the start of the log."""
     flags = "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if name != "resolved")
-    return f"{NAMES[args.dataset_file]}\n{flags}"
+    training = f"{MODELS[args.model]} on {DATASETS[args.dataset_file]}"
+    return f"{'UP-DETR pre-training' if args.dataset_file == 'imagenet' else training}\n{flags}"

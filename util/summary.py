@@ -23,7 +23,7 @@ def training_summary(args: argparse.Namespace, model: nn.Module, optimizer: torc
     product = " x ".join(f"{number} {name}" for number, name in factors)
     batch = processes * args.batch_size * args.accumulate_steps
     return "\n".join([f"effective batch size: {batch} ({product}), {steps} steps an epoch",
-                      f"learning rates: {_rates(model, optimizer)}", f"weights: {_weights(args)}",
+                      f"learning rates: {_rates(args, model, optimizer)}", f"weights: {_weights(args)}",
                       *_data("training", args, class_names, num_images, objects)])
 
 
@@ -33,15 +33,18 @@ def evaluation_summary(args: argparse.Namespace, class_names: Dict[int, str], nu
     return "\n".join([f"weights: {_weights(args)}", *_data("evaluation", args, class_names, num_images, objects)])
 
 
-def _rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+def _rates(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    projections = vars(args).get("lr_linear_proj_names") or []
     parts = []
     for group in optimizer.param_groups:
         number = sum(parameter.numel() for parameter in group["params"])
         if number:
             rooms = {names[id(parameter)].removeprefix("detr.").split(".")[0] for parameter in group["params"]}
-            where = "of" if rooms == {"backbone"} else "outside"
-            parts.append(f"{group['lr']:g} for {number:,} parameters {where} the backbone")
+            where = "of the backbone" if rooms == {"backbone"} else "outside the backbone"
+            if all(any(word in names[id(parameter)] for word in projections) for parameter in group["params"]):
+                where = f"of {' and '.join(projections)}"
+            parts.append(f"{group['lr']:g} for {number:,} parameters {where}")
     fixed = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     return ", ".join([*parts, f"{fixed:,} parameters are fixed"])
 

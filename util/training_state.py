@@ -22,7 +22,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.StepLR
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: "torch.amp.GradScaler"
     class_names: Dict[int, str] = field(default_factory=dict)
     epoch: int = 0

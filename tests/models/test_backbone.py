@@ -117,6 +117,16 @@ def test_joiner_gives_maps_and_positions_from_the_shallowest(images):
     assert [tuple(position.shape) for position in positions] == [(2, 16, n, n) for n in (24, 12, 6, 3)]
 
 
+@pytest.mark.parametrize("name, last_layer, num_maps, channels", [
+    ("resnet18", "layer4", 3, [128, 256, 512]), ("resnet18", "layer4", 1, [512]), ("resnet18", "layer3", 2, [128, 256]),
+    ("resnet50", "layer4", 3, [512, 1024, 2048])])
+def test_the_deepest_maps_alone(images, name, last_layer, num_maps, channels):
+    joiner = Joiner(Backbone(name, False, False, False, last_layer, num_maps), PositionEmbeddingSine(8, normalize=True))
+    assert joiner.map_channels == channels and joiner.num_channels == channels[-1]
+    features, positions = joiner(nested_tensor_from_tensor_list(images))
+    assert [feature.tensors.shape[1] for feature in features] == channels and len(positions) == num_maps
+
+
 # Where weights come from.
 
 

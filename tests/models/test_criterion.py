@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from models.classification import FocalClassification
 from models.criterion import SetCriterion, weights_for_layers
 from models.matcher import HungarianMatcher, Matching
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
@@ -302,6 +303,77 @@ def test_losses_are_float32_under_autocast():
     expected = make_criterion()({name: tensor.float() for name, tensor in halves.items()}, targets)
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name])
+
+
+# Sigmoid focal classification, and the proposals of two stages.
+
+
+def focal_criterion(num_classes=2, num_layers=1):
+    matcher = HungarianMatcher(2, 5, 2, classification=FocalClassification(0.25))
+    weights = weights_for_layers({"loss_ce": 2, "loss_bbox": 5, "loss_giou": 2}, num_layers)
+    return SetCriterion(num_classes, matcher, weights, None, ["labels", "boxes", "cardinality"])
+
+
+def focal_outputs_of(probabilities, boxes):
+    """Outputs whose sigmoid is `probabilities` [B][N][C]."""
+    return {"pred_logits": torch.tensor(probabilities).logit().requires_grad_(),
+            "pred_boxes": torch.tensor(boxes).requires_grad_()}
+
+
+def focal(probability, wanted):
+    """Focal loss of one class of one query, alpha 0.25, gamma 2."""
+    if wanted:
+        return -0.25 * (1 - probability) ** 2 * math.log(probability)
+    return -0.75 * probability ** 2 * math.log(1 - probability)
+
+
+def test_focal_loss_of_two_images_by_hand():
+    """Query 0 finds image 1's object of class 1; in image 2 there is nothing to find."""
+    outputs = focal_outputs_of([[[0.2, 0.6], [0.1, 0.1]], [[0.7, 0.2], [0.1, 0.3]]],
+                               [[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]], [[0.5, 0.5, 0.1, 0.1], [0.2, 0.2, 0.1, 0.1]]])
+    targets = [target_of([1], [[0.5, 0.5, 0.4, 0.4]]), target_of([], [])]
+    criterion = focal_criterion()
+    losses = criterion(outputs, targets)
+    expected = focal(0.6, True) + sum(focal(p, False) for p in (0.2, 0.1, 0.1, 0.7, 0.2, 0.1, 0.3))
+    assert losses["loss_ce"].item() == value(expected), "summed over queries and classes, per object: there is one"
+    assert losses["loss_bbox"].item() == value(0.4) and losses["loss_giou"].item() == value(0.75)
+    # One query of each image is more sure of a class than not: right in image 1, one too many in image 2.
+    assert losses["cardinality_error"].item() == value(0.5)
+    assert losses["class_error"].item() == 0
+    assert not criterion.state_dict(), "no class weights"
+
+
+def test_focal_loss_without_any_object():
+    outputs = focal_outputs_of([[[0.2, 0.6]]], [[[0.5, 0.5, 0.2, 0.2]]])
+    losses = focal_criterion()(outputs, [target_of([], [])])
+    assert losses["loss_ce"].item() == value(focal(0.2, False) + focal(0.6, False)), "divided by one, not by none"
+    assert losses["loss_bbox"].item() == losses["loss_giou"].item() == 0 and losses["class_error"].item() == 100
+    (losses["loss_ce"] + losses["loss_bbox"]).backward()
+    assert outputs["pred_logits"].grad.abs().sum() > 0 and torch.equal(outputs["pred_boxes"].grad, torch.zeros(1, 1, 4))
+
+
+def test_proposals_are_compared_as_one_more_detector_of_class_0():
+    layers, targets = random_layers(3, [2, 0, 4])
+    proposals, _ = random_layers(1, [2, 0, 4], num_queries=15, seed=9)
+    criterion = focal_criterion(num_classes=5, num_layers=3)
+    together = criterion({**layers[2], "aux_outputs": layers[:2], "enc_outputs": proposals[0]}, targets)
+    objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+    alone = criterion(proposals[0], objects)
+    decoder = criterion({**layers[2], "aux_outputs": layers[:2]}, targets)
+    del alone["class_error"]
+    assert set(together) == set(decoder) | {f"{name}_enc" for name in alone}
+    for name in alone:
+        torch.testing.assert_close(together[f"{name}_enc"], alone[name])
+    for name in decoder:
+        torch.testing.assert_close(together[name], decoder[name])
+
+
+def test_losses_of_two_stages_wait_for_the_device_only_at_the_matching(host_reads):
+    layers, targets = random_layers(6, [2, 0, 5])
+    criterion = focal_criterion(num_classes=5)
+    with host_reads:
+        criterion({**layers[-1], "aux_outputs": layers[:-1], "enc_outputs": layers[0]}, targets)
+    assert not host_reads.waited
 
 
 def test_unknown_loss_is_refused():

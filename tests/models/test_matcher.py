@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from models.classification import FocalClassification
 from models.matcher import HungarianMatcher, NonFinitePredictionError
 
 
@@ -118,8 +119,33 @@ def test_all_layers_take_one_copy_to_the_host(num_layers, copies, host_reads):
     logits, boxes, targets = random_case([2, 0, 3], num_layers=num_layers)
     with host_reads:
         HungarianMatcher().match_layers(logits, boxes, targets)
-    assert copies == [(num_layers, 5, 5)]  # layers, targets of the batch, queries: not quadratic in the batch
+    assert copies == [(num_layers * 5 * 5,)]  # layers, targets of the batch, queries: not quadratic in the batch
     assert not host_reads.waited
+
+
+def test_groups_of_layers_are_matched_as_if_alone_with_one_copy(copies, host_reads):
+    """Groups may differ in layers, queries and labels, as decoder layers and proposals of one batch do."""
+    first, second = random_case([2, 0, 3]), random_case([2, 0, 3], num_layers=1, num_queries=9, seed=3)
+    matcher = HungarianMatcher(2, 5, 2)
+    with host_reads:
+        together = matcher.match_groups([first, second])
+    assert copies == [(3 * 5 * 5 + 1 * 5 * 9,)] and not host_reads.waited
+    for matching, case in zip(together, (first, second)):
+        alone = matcher.match_layers(*case)
+        assert all(torch.equal(getattr(matching, name), getattr(alone, name)) for name in ("image", "query", "target"))
+
+
+def test_focal_cost_by_hand():
+    """Of a target of class 2 with a query whose sigmoids are 0.5, 0.9, 0.2, and one whose are 0.5, 0.5, 0.5."""
+    probabilities = torch.tensor([[0.5, 0.9, 0.2], [0.5, 0.5, 0.5]])
+    logits = (probabilities / (1 - probabilities)).log()[None, None]
+    boxes = torch.full((1, 1, 2, 4), 0.5)
+    target = {"labels": torch.tensor([2]), "boxes": torch.full((1, 4), 0.5)}
+    cost = HungarianMatcher(2, 0, 0, classification=FocalClassification(0.25)).costs(logits, boxes, [target])
+    # 0.25 (1 - p)² (-log p) - 0.75 p² (-log(1 - p)), times 2.
+    expected = [2 * (0.25 * 0.64 * -math.log(0.2) - 0.75 * 0.04 * -math.log(0.8)),
+                2 * (0.25 * 0.25 * math.log(2) - 0.75 * 0.25 * math.log(2))]
+    assert cost.shape == (1, 1, 2) and cost.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_non_finite_predictions_are_reported_by_image():

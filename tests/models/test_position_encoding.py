@@ -43,6 +43,14 @@ def test_sine_does_not_see_padding(normalize):
     assert torch.equal(encode(feature_map(6, 9, valid=(4, 5)))[:, :, :4, :5], encode(feature_map(4, 5)))
 
 
+def test_positions_of_centres_by_hand():
+    """Deformable DETR counts to the middle of a pixel: the first of two lies at a quarter of the range, the second at three."""
+    mask = torch.tensor([[[False, False, True]]])
+    encoding = PositionEmbeddingSine(2, normalize=True, scale=2 * math.pi, from_centre=True)
+    columns = encoding(NestedTensor(torch.zeros(1, 1, 1, 3), mask))[0, 2:, 0, :2]
+    torch.testing.assert_close(columns, torch.tensor([[1.0, -1.0], [0.0, 0.0]]), rtol=0, atol=1e-5)
+
+
 def test_scale_without_normalize_is_refused():
     with pytest.raises(ValueError, match="scale=1.0 has no effect without normalize=True"):
         PositionEmbeddingSine(4, scale=1.0)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from main import get_args_parser
+from main import build_optimizer, get_args_parser
 from models import build_model
 from util.checkpoint import load_model_strictly, load_pretrained
 
@@ -10,12 +10,12 @@ DETECTORS = ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resne
              "detr_resnet50_learned_pos", "detr_resnet50_no_aux", "detr_resnet50_voc", "updetr_finetune"]
 PANOPTIC = ["detr_resnet50_panoptic", "detr_resnet101_panoptic", "detr_resnet50_panoptic_frozen"]
 PRETRAINING = ["updetr_pretrain", "updetr_pretrain_no_recon", "updetr_pretrain_train_cnn"]
+DEFORMABLE = ["deformable_detr", "deformable_detr_single_scale", "deformable_detr_single_scale_dc5", "deformable_detr_refine",
+              "deformable_detr_two_stage", "deformable_detr_two_stage_no_refine"]
 
-
-# A recorded argument of the originals that has no flag here: it concerns another system.
-ELSEWHERE = {"cls_loss_coef"}
-# Recorded for every model, but flags here only where there are masks.
+# Recorded for every model, but flags here only where there are masks, or for DETR only.
 OF_MASKS = {"masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef"}
+OF_DETR = {"pre_norm", "eos_coef"}
 
 
 def published_args(published, name, **changes):
@@ -24,9 +24,12 @@ def published_args(published, name, **changes):
     recorded = {**published["models"]["detr_resnet50"]["args"], **facts["args"]}
     recorded["dataset_file"] = recorded["dataset_file"].lower()
     args = get_args_parser().parse_args(["--load_backbone", "none"])
-    if recorded["dataset_file"] != "imagenet":
+    without = set() if recorded["masks"] else OF_MASKS
+    if name in DEFORMABLE:
+        args.model, without = "deformable_detr", OF_MASKS | OF_DETR
+        args.num_classes = published_shapes(published, name)["class_embed.0.weight"][0]
+    elif recorded["dataset_file"] != "imagenet":
         args.num_classes = facts["criterion_state"]["empty_weight"][0] - 1
-    without = ELSEWHERE if recorded["masks"] else ELSEWHERE | OF_MASKS
     for flag, value in {**recorded, **changes}.items():
         if flag not in without:
             assert hasattr(args, flag), f"no flag --{flag}"
@@ -52,7 +55,7 @@ def shapes_of(module):
     return {name: list(value.shape) for name, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", DETECTORS + PANOPTIC + PRETRAINING)
+@pytest.mark.parametrize("name", DETECTORS + PANOPTIC + PRETRAINING + DEFORMABLE)
 def test_model_equals_the_published_one(published, name):
     facts = published["models"][name]
     model, criterion, postprocessors = build_without_memory(published_args(published, name))
@@ -70,6 +73,40 @@ def test_model_equals_the_published_one(published, name):
     assert sorted(postprocessors) == facts["postprocessors"]
 
 
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_tensors_with_several_names_are_the_published_ones(published, name):
+    """Heads that all layers share, and heads that the decoder holds too."""
+    facts = published["models"]
+    tied = facts[name].get("tied", facts[facts[name]["like"] or name]["tied"])
+    parameters = dict(build_without_memory(published_args(published, name))[0].named_parameters(remove_duplicate=False))
+    groups = {}
+    for key, parameter in parameters.items():
+        groups.setdefault(id(parameter), set()).add(key)
+    expected = {}
+    for alias, key in tied.items():
+        expected.setdefault(key, {key}).add(alias)
+    assert sorted(map(sorted, expected.values())) == sorted(sorted(group) for group in groups.values() if len(group) > 1)
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_optimizer_groups_of_deformable_detr(published, name):
+    """Where it looks is learnt at a tenth of the rate, the backbone's levels at the backbone's."""
+    args = published_args(published, name)
+    model = build_without_memory(args)[0]
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    groups = build_optimizer(model, args).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([2e-4, 2e-5, 2e-5])
+    rest, backbone, looking = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
+    assert backbone == {key for key, value in model.named_parameters()
+                        if key.startswith("backbone.0.") and value.requires_grad}
+    assert looking == {key for key in names.values() if "sampling_offsets" in key or "reference_points" in key}
+    assert len(looking) == 2 * 12 + (0 if args.two_stage else 2)
+    assert len(rest | backbone | looking) == sum(value.requires_grad for value in model.parameters())
+    args.sgd = True
+    assert isinstance(build_optimizer(model, args), torch.optim.SGD)
+    assert build_optimizer(model, args).defaults["momentum"] == 0.9
+
+
 def test_parameters_are_in_the_published_order(published):
     """A saved optimizer knows parameters by their position alone."""
     own = list(build_without_memory(published_args(published, "detr_resnet50"))[0].state_dict())
@@ -81,9 +118,9 @@ def test_parameters_are_in_the_published_order(published):
     assert [key for key in own if key in pretext_only] == pretext_only
 
 
-@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", *PANOPTIC[::2], *PRETRAINING[:2]])
+@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", *PANOPTIC[::2], *PRETRAINING[:2], *DEFORMABLE])
 def test_losses_are_reported_under_the_published_names(published, images, targets, name):
-    small = dict(backbone="resnet18", hidden_dim=32, nheads=4, enc_layers=1, dim_feedforward=32)
+    small = dict(backbone="resnet18", dilation=False, hidden_dim=32, nheads=4, enc_layers=1, dim_feedforward=32)
     model, criterion, _ = build_model(published_args(published, name, **small))
     inputs = [images]
     if name in PRETRAINING:
@@ -95,8 +132,9 @@ def test_losses_are_reported_under_the_published_names(published, images, target
     losses = criterion(model(*inputs), targets)
     assert sorted(losses) == published["models"][name]["loss_keys"]
     without_loss = set(criterion.weight_dict) - set(losses)
-    # The published program too gives the earlier layers weights for masks, which they don't predict.
-    assert all(name.startswith(("loss_mask_", "loss_dice_")) for name in without_loss)
+    # The published programs too give the earlier layers weights for masks, which they don't predict, and weights for
+    # proposals to models without.
+    assert all(name.startswith(("loss_mask_", "loss_dice_")) or name.endswith("_enc") for name in without_loss)
     assert all(loss.isfinite() for loss in losses.values())
 
 

@@ -41,6 +41,41 @@ def test_the_tensors_of_published_models_tell_their_flags(published: Dict[str, A
         assert told.get("masks", False) == name.endswith("panoptic")
 
 
+@pytest.mark.parametrize("variant", ["", "_single_scale", "_single_scale_dc5", "_refine", "_two_stage", "_two_stage_no_refine"])
+def test_the_tensors_of_published_deformable_detrs_tell_their_flags(published: Dict[str, Any], variant: str) -> None:
+    name = "deformable_detr" + variant
+    told = architecture(published_state(published, name), name)
+    flags = {**published_flags(published, "detr_resnet50"), **published_flags(published, name)}
+    names = {"num_feature_levels", "enc_n_points", "dec_n_points", "with_box_refine", "two_stage", *TOLD} - {"pre_norm"}
+    if flags["two_stage"]:
+        names.remove("num_queries")  # no tensor has so many rows
+    assert {flag: told[flag] for flag in names} == {flag: flags[flag] for flag in names}
+    assert told["model"] == "deformable_detr" and told["num_classes"] == 91 and "pre_norm" not in told
+
+
+@pytest.mark.parametrize("changes", [{}, {"with_box_refine": True, "nheads": 2, "dec_n_points": 3},
+                                     {"two_stage": True, "num_feature_levels": 5, "num_queries": 7},
+                                     {"num_feature_levels": 1, "backbone_last_layer": "layer3"}])
+def test_a_deformable_detr_comes_back_whole(save_model: Callable[..., Path], changes: Dict[str, Any]) -> None:
+    path = save_model("model.pth", class_names={1: "disc"}, val_size=64, model="deformable_detr", **changes)
+    model, args, class_names, _ = load_model(str(path), DETECTOR, "cpu")
+    assert not model.training and class_names == {1: "disc"} and args.val_size == 64
+    assert {name: getattr(args, name) for name in changes} == changes
+    stored = torch.load(path, weights_only=True)["model"]
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+def test_heads_of_a_deformable_detr_must_share_its_points(save_model: Callable[..., Path], tmp_path: Path) -> None:
+    state = torch.load(save_model("model.pth", model="deformable_detr", nheads=2, enc_n_points=1, dec_n_points=1),
+                       weights_only=True)["model"]
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": state}, weights)
+    with pytest.raises(InputError, match=r"weights.pth samples 8 points of 4 feature levels, which 8 attention heads can't "
+                                         r"share; give --nheads$"):
+        load_model(str(weights), DETECTOR, "cpu")
+    assert load_model(str(weights), DETECTOR, "cpu", nheads=2).args.enc_n_points == 1
+
+
 @pytest.mark.parametrize("changes", [{}, {"pre_norm": True, "backbone_last_layer": "layer3"},
                                      {"position_embedding": "learned", "nheads": 2, "dec_layers": 1},
                                      {"masks": True, "mask_softmax": "per_head"}])
@@ -78,7 +113,7 @@ def test_wrong_kinds_are_named(detector: Path, pretrained: Path, published: Dict
         load_model(str(detector), PRETRAINED, "cpu")
     other = tmp_path / "classifier.pth"
     torch.save({"fc.weight": torch.zeros(2, 2)}, other)
-    with pytest.raises(InputError, match="holds something else than a detector; this program shows DETR and UP-DETR"):
+    with pytest.raises(InputError, match="holds something else than a detector; this program shows DETR, Def"):
         load_model(str(other), DETECTOR, "cpu")
     state = torch.load(detector, weights_only=True)["model"]
     state["backbone.0.body.layer1.7.conv1.weight"] = torch.zeros(1)

@@ -9,7 +9,7 @@ from commands import run
 from PIL import Image
 
 from datasets.coco import CocoDetection, make_coco_transforms
-from models.detr import PostProcess
+from models import build_postprocess
 from tools import predict
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes
 from tools.loading import DETECTOR, load_model
@@ -20,21 +20,24 @@ def detections(folder: Path) -> List[Dict[str, Any]]:
     return json.loads((folder / "detections.json").read_text(encoding="utf-8"))
 
 
-def test_numbers_are_those_of_evaluation(detector: Path, photos: Path, tmp_path: Path, run_main: Callable) -> None:
-    """Evaluation's way: data set, collate, model, PostProcess, one image at a time."""
+@pytest.mark.parametrize("changes", [{}, {"model": "deformable_detr", "two_stage": True, "num_classes": 30}])
+def test_numbers_are_those_of_evaluation(changes: Dict[str, Any], save_model: Callable[..., Path], photos: Path,
+                                         tmp_path: Path, run_main: Callable) -> None:
+    """Evaluation's way: data set, collate, model, post-processing, one image at a time."""
+    detector = save_model("detector.pth", val_size=64, max_size=80, **changes)
     ground_truth = {"images": [{"id": 1, "file_name": "wide.jpg"}, {"id": 2, "file_name": "below/tall.png"}],
                     "annotations": [], "categories": [{"id": 1, "name": "disc"}]}
     (tmp_path / "annotations.json").write_text(json.dumps(ground_truth))
     transforms = make_coco_transforms("val", val_size=64, max_size=80)
     dataset = CocoDetection(photos, tmp_path / "annotations.json", transforms)
-    model = load_model(str(detector), DETECTOR, "cpu").model
+    model, args, _, _ = load_model(str(detector), DETECTOR, "cpu")
     run_main(predict, ["--checkpoint", detector, photos, "--threshold", 0, "--output_dir", tmp_path / "out",
                        "--device", "cpu"])
     found = detections(tmp_path / "out")
     for index, name in enumerate(("wide.jpg", "below/tall.png")):
         samples, targets = collate_fn([dataset[index]])
         with torch.no_grad():
-            expected = PostProcess()(model(samples), targets[0]["orig_size"][None])[0]
+            expected = build_postprocess(args)(model(samples), targets[0]["orig_size"][None])[0]
         mine = [entry for entry in found if entry["file_name"] == str(photos / name)]
         order = expected["scores"].argsort(descending=True)
         boxes = expected["boxes"][order]

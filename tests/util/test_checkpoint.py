@@ -303,7 +303,8 @@ def models(tiny_args):
     """Tiny models of each kind."""
     kinds = {"detr": {}, "pre_norm": dict(pre_norm=True), "other_classes": dict(num_classes=7),
              "updetr": dict(pretraining=True, pre_norm=True), "cut": dict(backbone_last_layer="layer3"),
-             "masks": dict(masks=True)}
+             "masks": dict(masks=True), "deformable": dict(model="deformable_detr"),
+             "two_stage": dict(model="deformable_detr", two_stage=True, with_box_refine=True, num_feature_levels=1)}
     built = {}
 
     def get(kind):
@@ -321,7 +322,9 @@ def test_kinds_of_models_in_words(models):
                      "other_classes": "a post-norm DETR with 7 classes", "updetr": "an UP-DETR pre-training model"}
     assert describe_kind(models("masks").state_dict()) == "a post-norm DETR with 5 classes and a mask head"
     assert describe_kind({"mask_head.lay1.weight": torch.zeros(1)}) == "a DETR with a mask head"
-    assert describe_kind({"transformer.level_embed": torch.zeros(1)}) == "a Deformable DETR"
+    assert describe_kind(models("deformable").state_dict()) == "a Deformable DETR with 4 feature levels and 5 classes"
+    assert describe_kind(models("two_stage").state_dict()) == (
+        "a two-stage Deformable DETR with box refinement, with 1 feature level and 5 classes")
     assert describe_kind({"weight": torch.zeros(1)}) == "something else than a detector"
 
 

@@ -35,11 +35,22 @@ PRETRAINING = dict(epochs=60, lr_drop=40, lr=1e-4, lr_backbone=1e-4, eos_coef=0.
                    patch_size=128, min_patch=8)
 
 
+DEFORMABLE = dict(epochs=50, lr_drop=40, lr=2e-4, lr_backbone=2e-5, num_queries=300, dim_feedforward=1024, set_cost_class=2,
+                  cls_loss_coef=2, focal_alpha=0.25, num_feature_levels=4, enc_n_points=4, dec_n_points=4, two_stage=False,
+                  with_box_refine=False, lr_linear_proj_mult=0.1, load_backbone="supervised", masks=None, eos_coef=None)
+
+
 @pytest.mark.parametrize("dataset, expected", [("coco", LABELLED), ("coco_panoptic", LABELLED), ("voc", LABELLED),
                                                ("imagenet", PRETRAINING)])
 def test_published_defaults(dataset, expected):
     args = resolved("--dataset_file", dataset)
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("dataset", ["coco", "coco_panoptic", "voc"])
+def test_published_defaults_of_deformable_detr(dataset):
+    args = resolved("--model", "deformable_detr", "--dataset_file", dataset)
+    assert {name: getattr(args, name) for name in DEFORMABLE} == DEFORMABLE
 
 
 @pytest.mark.parametrize("dataset", ["coco", "coco_panoptic", "voc"])
@@ -66,10 +77,11 @@ def test_backbone_rate_of_a_pre_training():
 
 def test_what_is_given_stays():
     given = {"epochs": 7, "lr_drop": 5, "lr_backbone": 0.0, "eos_coef": 0.0, "num_workers": 99, "load_backbone": "none"}
-    for dataset in recipes.RECIPES:
-        flags = [part for name, value in given.items() for part in (f"--{name}", value)]
-        args = resolved("--dataset_file", dataset, *flags)
-        assert {name: getattr(args, name) for name in given} == given
+    for model, dataset in recipes.RECIPES:
+        values = {name: value for name, value in given.items() if recipes.MODEL_OF.get(name, model) == model}
+        flags = [part for name, value in values.items() for part in (f"--{name}", value)]
+        args = resolved("--model", model, "--dataset_file", dataset, *flags)
+        assert {name: getattr(args, name) for name in values} == values
 
 
 def test_default_workers_are_at_most_one_per_cpu(monkeypatch):
@@ -116,6 +128,33 @@ def test_flags_of_masks_need_masks(flags):
     assert getattr(resolved("--masks", *flags), flags[0][2:]) == flags[1]
 
 
+@pytest.mark.parametrize("model, flags, message", [
+    ("deformable_detr", ("--masks",), "--masks is for --model detr only, not for deformable_detr"),
+    ("deformable_detr", ("--frozen_weights", "x.pth"),
+     "--frozen_weights is for --model detr only, not for deformable_detr"),
+    ("deformable_detr", ("--dice_loss_coef", 1), "--dice_loss_coef has no effect without --masks"),
+    ("deformable_detr", ("--pre_norm",), "--pre_norm is for --model detr only, not for deformable_detr"),
+    ("deformable_detr", ("--eos_coef", 0.1), "--eos_coef is for --model detr only, not for deformable_detr"),
+    ("detr", ("--two_stage",), "--two_stage is for --model deformable_detr only, not for detr"),
+    ("detr", ("--lr_linear_proj_mult", 1), "--lr_linear_proj_mult is for --model deformable_detr only, not for detr"),
+    ("deformable_detr", ("--num_feature_levels", 0), "--num_feature_levels 0 must be at least 1"),
+    ("deformable_detr", ("--hidden_dim", 48),
+     "--hidden_dim 48 must be a multiple of 32 for --model deformable_detr"),
+    ("deformable_detr", ("--dataset_file", "imagenet"),
+     r"--model deformable_detr has no training on images without labels \(--dataset_file imagenet\)")])
+def test_a_flag_of_another_model_is_refused(model, flags, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        resolved("--model", model, *flags)
+
+
+def test_rates_fall_by_one_schedule():
+    assert resolved("--lr_drop_epochs", 3, 5).lr_drop_epochs == [3, 5]
+    with pytest.raises(InputError, match="^--lr_drop 4 has no effect with --lr_drop_epochs$"):
+        resolved("--lr_drop_epochs", 3, "--lr_drop", 4)
+    with pytest.raises(InputError, match="^--lr_drop_epochs 0 must be at least 1$"):
+        resolved("--lr_drop_epochs", 3, 0)
+
+
 def test_a_frozen_detector_is_the_whole_start():
     with pytest.raises(InputError, match="^--pretrain a.pth has no effect with --frozen_weights, which fills the det"):
         resolved("--masks", "--frozen_weights", "b.pth", "--pretrain", "a.pth")
@@ -123,7 +162,7 @@ def test_a_frozen_detector_is_the_whole_start():
 
 def test_every_flag_that_belongs_to_some_trainings_exists():
     known = vars(parse())
-    assert set(recipes.FLAGS_OF) <= set(known)
+    assert set(recipes.FLAGS_OF) | set(recipes.MODEL_OF) <= set(known)
     assert {name for recipe in recipes.RECIPES.values() for name in recipe} <= set(known)
 
 
@@ -132,7 +171,7 @@ def test_every_flag_left_open_has_a_default_somewhere():
     itself = {"amp", "num_classes", "dataset_file", "coco_path", "coco_panoptic_path", "voc_path", "imagenet_path",
               "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit"}
+              "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model", "lr_drop_epochs"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -208,10 +247,14 @@ OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone"
        "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
        "--crop_size", "--val_size", "--max_size", "--eval_every", "--mask_softmax", "--local_rank", "--local-rank",
-       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard"}
+       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard", "--model"}
+# A flag of the originals that this program doesn't have.
+ABSENT = {"--cache_mode"}
 # Flags that an original accepts in a training where they do nothing; here they are refused there.
-WITHOUT_EFFECT = {"updetr_pretrain": {"--mask_loss_coef", "--dice_loss_coef"}}
-RECIPE_FLAGS = {"detr": (), "updetr_finetune": (), "updetr_pretrain": ("--dataset_file", "imagenet")}
+WITHOUT_EFFECT = {"updetr_pretrain": {"--mask_loss_coef", "--dice_loss_coef"},
+                  "deformable": {"--masks", "--frozen_weights", "--mask_loss_coef", "--dice_loss_coef"}}
+RECIPE_FLAGS = {"detr": (), "updetr_finetune": (), "updetr_pretrain": ("--dataset_file", "imagenet"),
+                "deformable": ("--model", "deformable_detr")}
 TYPES = {"float": float, "int": int, "str": str, None: str}
 
 
@@ -221,14 +264,14 @@ def own_flags():
 
 def test_no_flag_came_or_went(original_flags):
     originals = {flag for program in original_flags.values() for flag in program}
-    assert set(own_flags()) == originals | OWN
+    assert set(own_flags()) == (originals - ABSENT) | OWN
 
 
 @pytest.mark.parametrize("program", RECIPE_FLAGS)
 def test_flags_of_the_originals_keep_their_meaning(original_flags, program):
     own, args = own_flags(), resolved(*RECIPE_FLAGS[program])
     for flag, original in original_flags[program].items():
-        if flag in WITHOUT_EFFECT.get(program, ()):
+        if flag in ABSENT or flag in WITHOUT_EFFECT.get(program, ()):
             continue
         action = own[flag]
         assert action.dest == original["dest"], flag
@@ -238,7 +281,7 @@ def test_flags_of_the_originals_keep_their_meaning(original_flags, program):
         if original["choices"]:
             assert list(action.choices) == original["choices"], flag
         # Decided by the machine, or by the path that is given.
-        if flag in ("--device", "--num_workers", "--dataset_file", "--imagenet_path"):
+        if flag in ("--device", "--num_workers", "--dataset_file", "--imagenet_path", "--coco_path"):
             continue
         assert getattr(args, action.dest) == (original["default"] if flag != "--remove_difficult" else False), flag
 

@@ -43,6 +43,14 @@ def test_a_training(args, model, monkeypatch):
         "objects in an image: 5.0 on average, 10 at most; --num_queries 10"]
 
 
+def test_parameters_with_a_rate_of_their_own(args, model):
+    """Deformable DETR's, named by a flag."""
+    args.lr_linear_proj_names = ["head", "offsets"]
+    assert lines(args, model, None)[1] == (
+        "learning rates: 0.0001 for 3 parameters of head and offsets, 1e-05 for 2 parameters of the backbone, "
+        "4 parameters are fixed")
+
+
 def test_more_objects_than_queries(args, model):
     assert lines(args, model, torch.tensor([11, 10, 30]))[-1] == (
         "warning: 2 training images have more objects than --num_queries 10; no more than 10 of them can be found")

@@ -8,6 +8,7 @@ from torch import nn
 
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import InputError
+from util.schedule import build_scheduler, drops_after
 from util.training_state import TrainingState, append_log, find_resume, open_log
 
 
@@ -69,6 +70,28 @@ def test_another_step_drop_counts_from_now_on(tmp_path):
     state.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth", lr_drop=1)
     train_epoch(state)
     assert rates(state) == pytest.approx([0.01, 0.001])
+
+
+def test_rates_fall_after_named_epochs_whatever_a_checkpoint_did(tmp_path):
+    args = argparse.Namespace(output_dir=str(tmp_path), lr_drop_epochs=[1, 3], lr_drop=None)
+    state = make_state(lr_drop=2)
+    first = rates(state)
+    state.lr_scheduler = build_scheduler(state.optimizer, args)
+    seen = []
+    for epoch in range(4):
+        train_epoch(state)
+        seen.append(rates(state)[0] / first[0])
+        assert drops_after(epoch, args) == (epoch in (0, 2))
+    assert seen == pytest.approx([0.1, 0.1, 0.01, 0.01])
+
+    make_state(lr_drop=1).save(args, 0, ["checkpoint.pth"])
+    for epochs, expected in (([3], 1), ([1], 0.1)):
+        resumed = make_state()
+        resumed.lr_scheduler = build_scheduler(resumed.optimizer, argparse.Namespace(lr_drop_epochs=epochs))
+        resumed.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth", lr_drop=None)
+        before = rates(resumed)
+        train_epoch(resumed)
+        assert rates(resumed) == pytest.approx([rate * expected for rate in before]), epochs
 
 
 def test_weights_alone_start_at_epoch_0(capsys):
