@@ -19,10 +19,10 @@ from typing import Any, Dict, Iterator, List, Optional
 
 from datasets.checks import KINDS, Problem
 from datasets.survey import Files, Survey, find_files, survey
-from main import get_args_parser as get_training_parser
 from tools import clean_copy
 from util.errors import InputError, run_program
 from util.parallel import imap_in_processes
+from util.recipes import RECIPES
 
 _OWN_FILES = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations", "clean")
 # By --dataset_file: the flags that have an effect; one of the first tells the data set if it isn't given.
@@ -33,6 +33,7 @@ FLAGS_OF = {
     "coco": ("coco_path", "num_classes", "num_queries", "masks", *_OWN_FILES),
 }
 PARTS = ("train", "val")
+NUM_QUERIES = RECIPES["detr", "coco"]["num_queries"]
 _CHUNK = 16  # images that travel to a process together
 _PROGRESS_SECONDS = 10
 
@@ -56,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_set", choices=PARTS, help="the part to check (both)")
     parser.add_argument("--num_classes", type=int, help="classes of the model (highest training label + 1)")
     parser.add_argument("--num_queries", type=int, help="queries of the model, the most objects it can find "
-                        f"({get_training_parser().get_default('num_queries')})")
+                        f"({NUM_QUERIES})")
     parser.add_argument("--masks", action="store_true", default=None,
                         help="masks will be trained: each object needs one")
     parser.add_argument("--ignore", nargs="+", default=[], choices=[kind for kind in KINDS if kind != "json"],
@@ -81,7 +82,7 @@ def resolve(args: argparse.Namespace) -> None:
     for name in ("num_classes", "num_queries"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
-    args.num_queries = args.num_queries or get_training_parser().get_default("num_queries")
+    args.num_queries = args.num_queries or NUM_QUERIES
     args.masks = bool(args.masks)
 
 
