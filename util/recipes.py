@@ -15,14 +15,15 @@ _LABELLED: Dict[str, Default] = {
     "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False, "masks": False,
     "mask_loss_coef": 1.0, "dice_loss_coef": 1.0, "mask_softmax": "joint",
 }
+_SUBSETS: Dict[str, Default] = {"filter_pct": -1.0, "filter_num": -1.0, "filter_seed": 0, "shots_of": "boxes"}
 
 
 # By --dataset_file: the defaults of flags that were not given. A function computes its value from the other flags.
 # Values: DETR's and UP-DETR's published programs; no-match weight M/N: UP-DETR, sec. 4.1.
 RECIPES: Dict[str, Dict[str, Default]] = {
-    "coco": _LABELLED,
+    "coco": {**_LABELLED, **_SUBSETS},
     "coco_panoptic": _LABELLED,
-    "voc": _LABELLED,
+    "voc": {**_LABELLED, **_SUBSETS},
     "imagenet": {
         "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
         "num_patches": 10, "feature_recon": False, "query_shuffle": False, "fre_cnn": False, "match_within_group": False,
@@ -30,29 +31,44 @@ RECIPES: Dict[str, Dict[str, Default]] = {
         "lr_backbone": lambda args: 0.0 if args.fre_cnn else args.lr,
         "eos_coef": lambda args: args.num_patches / args.num_queries,
     },
+    "regions": {
+        "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav", "lr_backbone": 0.0, "eos_coef": 0.1,
+        "strategy": "topk", "max_prop": 30, "patch_size": 128,
+    },
 }
 NAMES = {"coco": "DETR on COCO-format data", "coco_panoptic": "DETR on COCO-format panoptic data",
-         "voc": "DETR on Pascal VOC", "imagenet": "UP-DETR pre-training"}
+         "voc": "DETR on Pascal VOC", "imagenet": "UP-DETR pre-training",
+         "regions": "DETReg pre-training"}
 
 # Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
 FLAGS_OF = {
     "coco_path": ("coco", "coco_panoptic"), "coco_panoptic_path": ("coco_panoptic",), "voc_path": ("voc",),
-    "remove_difficult": ("voc",), "num_classes": ("coco", "coco_panoptic", "voc"),
+    "remove_difficult": ("voc",), "num_classes": ("coco", "coco_panoptic", "voc", "regions"),
+    **{name: ("coco", "voc") for name in (
+        "filter_pct", "filter_num", "filter_file", "filter_seed", "shots", "shots_of", "class_split", "class_part")},
     **{name: ("coco", "coco_panoptic") for name in (
         "masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")},
     **{name: ("coco", "coco_panoptic") for name in (
         "train_images", "train_annotations", "val_images", "val_annotations")},
     **{name: ("imagenet",) for name in (
-        "imagenet_path", "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
-        "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
-    **{name: ("coco", "coco_panoptic", "voc") for name in (
-        "train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
+        "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
+        "match_within_group", "min_patch", "max_patch")},
+    **{name: ("imagenet", "regions") for name in (
+        "imagenet_path", "class_list", "patch_size", "pretrain_sizes", "pretrain_max_size")},
+    **{name: ("regions",) for name in ("strategy", "max_prop", "cache_path")},
+    **{name: ("coco", "coco_panoptic", "voc") for name in ("train_sizes", "val_size", "max_size")},
+    **{name: ("coco", "coco_panoptic", "voc", "regions") for name in ("crop_resize", "crop_size")},
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size", "overfit")
+                "dec_layers", "patch_size", "overfit", "max_prop", "shots")
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
-REQUIRED_PATHS = {"coco": ("coco_path",), "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
-                  "imagenet": ("imagenet_path",)}
+# Flags of which one at most can decide what is trained on, and flags that mean nothing without another.
+CHOICES = ("filter_pct", "filter_num", "filter_file", "shots")
+NEEDS = {"filter_seed": ("filter_pct", "filter_num", "shots"), "shots_of": ("shots",), "class_part": ("class_split",),
+         "class_split": ("class_part",)}
+# A path that suits several trainings means the last of them; --dataset_file names another.
+REQUIRED_PATHS = {"regions": ("imagenet_path",), "coco": ("coco_path",),
+                  "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",), "imagenet": ("imagenet_path",)}
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -108,6 +124,15 @@ def _check_values(args: argparse.Namespace) -> None:
     if args.tensorboard and (args.eval or not args.output_dir):
         raise InputError("--tensorboard writes down a training in --output_dir; "
                          + ("--eval doesn't train" if args.eval else "that flag is missing"))
+    given = [name for name in CHOICES if getattr(args, name) not in (None, -1)]
+    if len(given) > 1:
+        raise InputError(f"--{given[1]} has no effect with --{given[0]}, which says what to train on")
+    for name, others in NEEDS.items():
+        if getattr(args, name) is not None and all(getattr(args, other) in (None, -1) for other in others):
+            raise InputError(f"--{name} has no effect without --{' or --'.join(others)}")
+    if args.dataset_file == "regions" and (args.eval or args.overfit):
+        raise InputError(f"--{'eval' if args.eval else 'overfit'} has no effect with --dataset_file regions: there is nothing "
+                         "to evaluate on")
     if args.fre_cnn and args.lr_backbone:
         raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
 

@@ -90,14 +90,14 @@ def test_resolving_twice_changes_nothing(flags):
 @pytest.mark.parametrize("dataset, flags, message", [
     ("coco", ("--num_patches", 5), "--num_patches has no effect with --dataset_file coco; it belongs to imagenet"),
     ("coco", ("--feature_recon",), "--feature_recon has no effect with --dataset_file coco; it belongs to imagenet"),
-    ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet"),
+    ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet and regions"),
     ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
     ("voc", ("--train_images", "x"),
      "--train_images has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
     ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco and "
      "coco_panoptic"),
     ("imagenet", ("--num_classes", 3),
-     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc"),
+     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc and regions"),
     ("coco", ("--coco_panoptic_path", "x"),
      "--coco_panoptic_path has no effect with --dataset_file coco; it belongs to coco_panoptic"),
     ("voc", ("--masks",), "--masks has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
@@ -132,7 +132,7 @@ def test_every_flag_left_open_has_a_default_somewhere():
     itself = {"amp", "num_classes", "dataset_file", "coco_path", "coco_panoptic_path", "voc_path", "imagenet_path",
               "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit"}
+              "class_list", "cache_path", "filter_file", "shots", "class_split", "class_part", "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -208,7 +208,10 @@ OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone"
        "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
        "--crop_size", "--val_size", "--max_size", "--eval_every", "--mask_softmax", "--local_rank", "--local-rank",
-       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard"}
+       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard",
+       "--class_list", "--filter_file", "--filter_seed", "--shots", "--shots_of", "--class_split", "--class_part"}
+# Of DETReg's program, whose other flags come with its model.
+DETREG = {"--strategy", "--max_prop", "--cache_path", "--filter_pct", "--filter_num"}
 # Flags that an original accepts in a training where they do nothing; here they are refused there.
 WITHOUT_EFFECT = {"updetr_pretrain": {"--mask_loss_coef", "--dice_loss_coef"}}
 RECIPE_FLAGS = {"detr": (), "updetr_finetune": (), "updetr_pretrain": ("--dataset_file", "imagenet")}
@@ -221,7 +224,7 @@ def own_flags():
 
 def test_no_flag_came_or_went(original_flags):
     originals = {flag for program in original_flags.values() for flag in program}
-    assert set(own_flags()) == originals | OWN
+    assert set(own_flags()) == originals | OWN | DETREG
 
 
 @pytest.mark.parametrize("program", RECIPE_FLAGS)
