@@ -26,7 +26,7 @@ from util.errors import InputError
 __all__ = ["CachedProposals", "Entry", "ProposalCache"]
 
 _FORMAT = 1  # raised whenever the files would be read wrongly by older code, or older files by this
-_IMAGES_PER_PART = 128
+_IMAGES_PER_PART = 64
 _MIN_PARTS = 16  # so that several processes share even a small tree
 
 

@@ -6,12 +6,12 @@ A run that was stopped goes on where it was when it is started again, and one on
 is new. Several runs, on several machines, may not work on one cache at once: they would do the same work.
 """
 import argparse
+import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Sequence, Tuple
+from typing import Callable, Iterable, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -151,45 +151,38 @@ def fill(args: argparse.Namespace) -> None:
         total = _follow(map(fill_part, jobs), len(files))
     else:
         with make_pool(workers) as pool:
-            total = _in_pool(pool, jobs, len(files))
+            total = _follow(pool.map(fill_part, jobs), len(files))
     print(f"{args.cache_path}: {total.num_regions / max(total.num_images - len(total.unreadable), 1):.0f} regions on average "
           f"of {total.num_images:,} images; {total.num_new:,} were new, {len(total.unreadable):,} could not be read; took "
           f"{duration(time.monotonic() - start)}", flush=True)
-
-
-def _in_pool(pool: ProcessPoolExecutor, jobs: Sequence[Tuple], num_images: int) -> Part:
-    try:
-        return _follow(pool.map(fill_part, jobs), num_images)
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)  # parts in work are finished, the rest is for the next run
-        raise
 
 
 def _follow(parts: Iterable[Part], num_images: int) -> Part:
     """Sum up the parts as they come, with progress on standard output and unreadable files on standard error."""
     total = Part()
     progress = ProgressLine(num_images, lambda text: print(text, end="", flush=True), sys.stdout.isatty())
-    for part in parts:
-        total.num_images += part.num_images
-        total.num_new += part.num_new
-        total.num_regions += part.num_regions
-        total.unreadable += part.unreadable
-        if part.unreadable:
-            progress.clear()
-        for sentence in part.unreadable:
-            print(f"passed over: {sentence}", file=sys.stderr, flush=True)
-        progress.update(total.num_images, total.num_new)
+    try:
+        for part in parts:
+            total.num_images += part.num_images
+            total.num_new += part.num_new
+            total.num_regions += part.num_regions
+            total.unreadable += part.unreadable
+            if part.unreadable:
+                progress.clear()
+            for sentence in part.unreadable:
+                print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+            progress.update(total.num_images, total.num_new)
+    except KeyboardInterrupt:
+        print("\nstopped; what is done stays: the same command goes on from there", file=sys.stderr, flush=True)
+        os._exit(130)  # at once, and its processes with it, without finishing the parts in work
     progress.clear()
     return total
 
 
 def main(args: argparse.Namespace) -> None:
-    """Fill the cache; a run stopped by Ctrl-C says how to go on."""
+    """Fill the cache."""
     try:
         fill(args)
-    except KeyboardInterrupt:
-        print(f"\nstopped; what is done stays in {args.cache_path}: the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
     except OSError as error:
         raise InputError(f"--cache_path {args.cache_path} can't be written ({error})") from error
 

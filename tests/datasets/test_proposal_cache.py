@@ -78,7 +78,7 @@ def test_the_tree_may_move(folder, tmp_path, fill):
 
 def test_paths_of_any_kind_and_empty_parts(tmp_path):
     cache = ProposalCache.create(tmp_path / "cache", 5000)
-    assert cache.num_parts == 40 and cache.read(7) == {}
+    assert cache.num_parts == 79 and cache.read(7) == {}
     entries = {"ä/ 1\n2.jpg": Entry(5, np.array([[0, 0, 128, 128]], dtype=np.uint8)),
                "x.jpg": Entry(2**40, np.zeros((0, 4), dtype=np.uint8))}
     cache.write(7, entries)

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from datasets.proposal_cache import ProposalCache
+from tools import cache_proposals
 from tools.cache_proposals import SECONDS_PER_LINE, ProgressLine, duration
+from util.errors import InputError
 
 
 def entries_of(cache_path):
@@ -29,64 +31,54 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-def command(root, images, cache_path, *flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return dict(args=[sys.executable, "-m", "tools.cache_proposals", "--imagenet_path", str(images), "--cache_path",
-                      str(cache_path), *flags], cwd=root, env=environment, text=True, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE)
-
-
-def run(*args):
-    started = command(*args)
-    program = started.pop("args")
-    return subprocess.run(program, timeout=100, **started)
-
-
-def wait_for_parts(process, cache_path, count):
-    while len(list(cache_path.glob("proposals-*.npz"))) < count:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+def fill(images, cache_path, *flags):
+    """Runs the tool in this process."""
+    cache_proposals.main(cache_proposals.get_args_parser().parse_args(
+        ["--imagenet_path", str(images), "--cache_path", str(cache_path), *flags]))
 
 
 @pytest.mark.parametrize("end, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_a_run_that_was_stopped_goes_on(root, images, tmp_path, end, status):
+def test_a_run_that_was_stopped_goes_on(root, images, tmp_path, end, status, capsys):
     cache_path = tmp_path / "cache"
-    process = subprocess.Popen(**command(root, images, cache_path, "--num_workers", "2"))
-    wait_for_parts(process, cache_path, 2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.cache_proposals", "--imagenet_path", images, "--cache_path", cache_path, "--num_workers",
+         "2"], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while len(list(cache_path.glob("proposals-*.npz"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
     process.send_signal(end)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == status
     if end == signal.SIGINT:
-        assert "stopped; what is done stays in" in errors and "Traceback" not in errors
+        assert "stopped; what is done stays" in errors and "Traceback" not in errors
+    time.sleep(0.3)   # its processes notice
     there = len(entries_of(cache_path))   # every part can be read
     assert 0 < there < 40
-    done = run(root, images, cache_path, "--num_workers", "2")
-    assert done.returncode == 0, done.stderr
-    assert f"of 40 images; {40 - len_of_rest(done)} were new" in done.stdout
-    assert len(entries_of(cache_path)) == 40 and 0 < 40 - len_of_rest(done) <= 40 - there
+    fill(images, cache_path, "--num_workers", "0")
+    assert f"of 40 images; {40 - there} were new, 0 could not be read" in capsys.readouterr().out
+    assert len(entries_of(cache_path)) == 40
 
 
-def len_of_rest(done):
-    """How many images a run found in the cache."""
-    return 40 - int(done.stdout.split(" were new")[0].split()[-1])
-
-
-def test_processes_share_the_work_and_change_nothing(root, images, tmp_path):
+def test_processes_share_the_work_and_change_nothing(images, tmp_path, capsys):
+    few = images / "1"
     for workers in ("0", "2"):
-        done = run(root, images, tmp_path / workers, "--num_workers", workers)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[0].startswith(f"{images}: regions of 40 images, into {tmp_path / workers}, by ")
+        fill(few, tmp_path / workers, "--num_workers", workers)
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first == (f"{few}: regions of 13 images, into {tmp_path / workers}, by "
+                         + ("1 process" if workers == "0" else "2 processes"))
     one, two = entries_of(tmp_path / "0"), entries_of(tmp_path / "2")
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     assert not [path for path in (tmp_path / "2").iterdir() if path.name.startswith(".")]
 
 
-def test_mistakes_end_in_a_sentence(root, images, tmp_path):
-    done = run(root, tmp_path / "nowhere", tmp_path / "cache")
-    assert done.returncode == 2 and done.stderr == f"error: image folder {tmp_path / 'nowhere'} does not exist\n"
+def test_mistakes_end_in_a_sentence(images, tmp_path):
+    with pytest.raises(InputError, match="^image folder .*nowhere does not exist$"):
+        fill(tmp_path / "nowhere", tmp_path / "cache")
     (tmp_path / "file").touch()
-    done = run(root, images, tmp_path / "file" / "cache")
-    assert done.returncode == 2 and done.stderr.startswith("error: --cache_path ") and "can't be written" in done.stderr
+    with pytest.raises(InputError, match="^--cache_path .*file/cache can't be written"):
+        fill(images, tmp_path / "file/cache")
+    with pytest.raises(InputError, match="^--num_workers -1 must be at least 0$"):
+        fill(images, tmp_path / "cache", "--num_workers", "-1")
 
 
 def test_progress_is_one_changing_line_on_a_terminal_and_a_line_now_and_then_elsewhere():
