@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def choose_shots(ground_truth: dict, shots: int, unit: str, seed: int) -> Chosen
     annotations, images, short = [], [], []
     for label, objects in found.items():
         pool = sorted({item[unit == "images"] for item in objects})
-        chosen = {pool[position] for position in _shuffled(len(pool), seed, label)[:shots]}
+        chosen = {pool[position] for position in _shuffled(len(pool), [seed, label])[:shots]}
         if len(chosen) < shots:
             short.append(f"{class_names(ground_truth)[label]} ({len(chosen)})")
         annotations += sorted(chosen) if unit == "boxes" else []
@@ -222,6 +222,6 @@ def _image_ids(ground_truth: dict) -> list[int]:
     return sorted(entry["id"] for entry in ground_truth["images"])
 
 
-def _shuffled(count: int, *seed: int) -> Sequence[int]:
+def _shuffled(count: int, seed: int | list[int]) -> np.ndarray:
     """0..count-1 in an order that the seed decides, by numpy's old generator: its stream is the same in every version."""
-    return np.random.RandomState([number % 2**32 for number in seed]).permutation(count)
+    return np.random.RandomState(seed).permutation(count)

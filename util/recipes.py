@@ -130,6 +130,8 @@ def _check_values(args: argparse.Namespace) -> None:
     for name, others in NEEDS.items():
         if getattr(args, name) is not None and all(getattr(args, other) in (None, -1) for other in others):
             raise InputError(f"--{name} has no effect without --{' or --'.join(others)}")
+    if args.filter_seed is not None and not 0 <= args.filter_seed < 2**32:
+        raise InputError(f"--filter_seed {args.filter_seed} is not within 0 and {2**32 - 1}")
     if args.dataset_file == "regions" and (args.eval or args.overfit):
         raise InputError(f"--{'eval' if args.eval else 'overfit'} has no effect with --dataset_file regions: there is nothing "
                          "to evaluate on")

@@ -108,6 +108,42 @@ def test_a_flag_of_another_training_is_refused(dataset, flags, message):
         resolved("--dataset_file", dataset, *flags)
 
 
+@pytest.mark.parametrize("flags, message", [
+    (("--filter_pct", 1, "--filter_num", 5), "--filter_num has no effect with --filter_pct, which says what to train on"),
+    (("--filter_file", "x", "--shots", 5), "--shots has no effect with --filter_file, which says what to train on"),
+    (("--filter_seed", 1), "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
+    (("--filter_seed", -1, "--shots", 1), "--filter_seed -1 is not within 0 and 4294967295"),
+    (("--filter_seed", 1, "--filter_pct", -1), "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
+    (("--shots_of", "images"), "--shots_of has no effect without --shots"),
+    (("--class_split", "x"), "--class_split has no effect without --class_part"),
+    (("--class_part", "base"), "--class_part has no effect without --class_split"),
+    (("--shots", 0), "--shots 0 must be at least 1"),
+    (("--dataset_file", "coco_panoptic", "--filter_pct", 1),
+     "--filter_pct has no effect with --dataset_file coco_panoptic; it belongs to coco and voc"),
+    (("--imagenet_path", "x", "--strategy", "topk"),
+     "--strategy has no effect with --dataset_file imagenet; it belongs to regions"),
+    (("--dataset_file", "regions", "--num_patches", 10),
+     "--num_patches has no effect with --dataset_file regions; it belongs to imagenet"),
+    (("--dataset_file", "regions", "--max_prop", 0), "--max_prop 0 must be at least 1"),
+    (("--dataset_file", "regions", "--eval"),
+     "--eval has no effect with --dataset_file regions: there is nothing to evaluate on"),
+    (("--dataset_file", "regions", "--overfit", 2),
+     "--overfit has no effect with --dataset_file regions: there is nothing to evaluate on")])
+def test_flags_of_regions_and_subsets_that_mean_nothing(flags, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        resolved(*flags)
+
+
+def test_flags_of_regions_and_subsets():
+    args = resolved("--dataset_file", "regions", "--imagenet_path", "images")
+    assert (args.strategy, args.max_prop, args.cache_path, args.patch_size, args.lr_backbone) == ("topk", 30, None, 128, 0)
+    recipes.require_data(args)
+    for name in ("coco", "voc"):
+        args = resolved("--dataset_file", name)
+        assert (args.filter_pct, args.filter_num, args.filter_seed, args.shots_of) == (-1, -1, 0, "boxes")
+        assert resolved("--dataset_file", name, "--filter_pct", -1).filter_pct == -1
+
+
 @pytest.mark.parametrize("flags", [("--frozen_weights", "x.pth"), ("--mask_loss_coef", 1), ("--dice_loss_coef", 2),
                                    ("--mask_softmax", "per_head")])
 def test_flags_of_masks_need_masks(flags):
