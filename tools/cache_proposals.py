@@ -6,12 +6,14 @@ A run that was stopped goes on where it was when it is started again, and one on
 is new. Several runs, on several machines, may not work on one cache at once: they would do the same work.
 """
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterable, List, Sequence, Tuple
+from typing import Callable, Iterable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from datasets.pretext import keep_classes, list_images
 from datasets.proposal_cache import Entry, ProposalCache
 from datasets.selective_search import propose_regions, require_opencv
 from util.errors import InputError, run_program
-from util.processes import available_cpus, make_pool
+from util.parallel import available_cpus, imap_in_processes
 
 SECONDS_PER_LINE = 30  # between two lines of progress in a log; a terminal sees one line change
 
@@ -147,11 +149,8 @@ def fill(args: argparse.Namespace) -> None:
     print(f"{args.imagenet_path}: regions of {len(files):,} images, into {args.cache_path}, by {max(workers, 1)} "
           f"{'processes' if workers > 1 else 'process'}", flush=True)
     start = time.monotonic()
-    if workers <= 1:
-        total = _follow(map(fill_part, jobs), len(files))
-    else:
-        with make_pool(workers) as pool:
-            total = _follow(pool.map(fill_part, jobs), len(files))
+    with _ending_at_interrupt():
+        total = _follow(imap_in_processes(fill_part, jobs, workers), len(files))
     print(f"{args.cache_path}: {total.num_regions / max(total.num_images - len(total.unreadable), 1):.0f} regions on average "
           f"of {total.num_images:,} images; {total.num_new:,} were new, {len(total.unreadable):,} could not be read; took "
           f"{duration(time.monotonic() - start)}", flush=True)
@@ -161,22 +160,35 @@ def _follow(parts: Iterable[Part], num_images: int) -> Part:
     """Sum up the parts as they come, with progress on standard output and unreadable files on standard error."""
     total = Part()
     progress = ProgressLine(num_images, lambda text: print(text, end="", flush=True), sys.stdout.isatty())
-    try:
-        for part in parts:
-            total.num_images += part.num_images
-            total.num_new += part.num_new
-            total.num_regions += part.num_regions
-            total.unreadable += part.unreadable
-            if part.unreadable:
-                progress.clear()
-            for sentence in part.unreadable:
-                print(f"passed over: {sentence}", file=sys.stderr, flush=True)
-            progress.update(total.num_images, total.num_new)
-    except KeyboardInterrupt:
-        print("\nstopped; what is done stays: the same command goes on from there", file=sys.stderr, flush=True)
-        os._exit(130)  # at once, and its processes with it, without finishing the parts in work
+    for part in parts:
+        total.num_images += part.num_images
+        total.num_new += part.num_new
+        total.num_regions += part.num_regions
+        total.unreadable += part.unreadable
+        if part.unreadable:
+            progress.clear()
+        for sentence in part.unreadable:
+            print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+        progress.update(total.num_images, total.num_new)
     progress.clear()
     return total
+
+
+@contextlib.contextmanager
+def _ending_at_interrupt() -> Iterator[None]:
+    """Within, Ctrl-C ends the program at once, and its processes with it, rather than when the parts in work are finished."""
+    main_process = os.getpid()
+
+    def end(*_: object) -> None:
+        if os.getpid() == main_process:  # the terminal interrupts the others too; they end with this one
+            os.write(sys.stderr.fileno(), b"\nstopped; what is done stays: the same command goes on from there\n")
+            os._exit(130)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(args: argparse.Namespace) -> None:
