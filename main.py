@@ -76,10 +76,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("DETReg pre-training")
     group.add_argument("--strategy", choices=STRATEGIES,
-                       help="which of an image's proposals are to be found: the best, any, or any with more weight on good "
-                            "ones (topk)")
+                       help="which of an image's proposals are to be found: the best, any, or any but good ones more "
+                            "often (topk)")
     group.add_argument("--max_prop", type=int, help="most regions to find in an image (30)")
-    group.add_argument("--cache_path", help="proposals of --imagenet_path made by tools.cache_proposals (made on the spot)")
+    group.add_argument("--cache_path", help="--imagenet_path's proposals by tools.cache_proposals (made on the spot)")
 
     group = parser.add_argument_group("loss and matching")
     group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses of earlier decoder layers")
@@ -125,7 +125,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--shots_of", choices=("boxes", "images"), help="what --shots counts (boxes)")
     group.add_argument("--class_split", help='JSON file {"novel": [class names]}, such as datasets/splits/coco.json; '
                        'other classes are "base" unless it names these too')
-    group.add_argument("--class_part", choices=("base", "novel"), help="train and evaluate on this part of --class_split")
+    group.add_argument("--class_part", choices=("base", "novel"), help="part of --class_split to train and evaluate on")
     group.add_argument("--train_sizes", type=int, nargs="+", help="short sides to choose from (480 … 800, step 32)")
     group.add_argument("--crop_resize", type=int, nargs="+", help="short sides before the random crop (400 500 600)")
     group.add_argument("--crop_size", type=int, nargs=2, help="smallest and largest side of that crop (384 600)")

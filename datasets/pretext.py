@@ -150,8 +150,8 @@ def keep_classes(files: Sequence[str], class_list: str | os.PathLike, root: str 
 
     Args:
         files: paths relative to `root`.
-        class_list: text file whose lines begin with the name of a folder (ImageNet's are WordNet ids, "n01440764"); what
-            follows a blank, empty lines and lines that begin with "#" don't count.
+        class_list: text file whose lines begin with the name of a folder (ImageNet's are WordNet ids, "n01440764");
+            what follows a blank, empty lines and lines that begin with "#" don't count.
         root: for messages.
 
     Raises:
@@ -171,8 +171,8 @@ def keep_classes(files: Sequence[str], class_list: str | os.PathLike, root: str 
             kept.append(path)
             found |= mine
     if found != names:
-        raise InputError(f"--class_list {class_list}: {len(names - found)} of its {len(names)} classes have no images in "
-                         f"{root}, the first is {min(names - found)}")
+        raise InputError(f"--class_list {class_list}: {len(names - found)} of its {len(names)} classes have no images "
+                         f"in {root}, the first is {min(names - found)}")
     return kept
 
 
@@ -195,8 +195,8 @@ class Pretext(Protocol):
     """Says how an image is shown and which boxes of it are to be found.
 
     Attributes:
-        patches_are_given: True if the model is given the patches and says where they are (UP-DETR); False if it is to find
-            the boxes by itself and to predict what is in them (DETReg).
+        patches_are_given: True if the model is given the patches and says where they are (UP-DETR); False if it is to
+            find the boxes by itself and to predict what is in them (DETReg).
     """
 
     patches_are_given: bool
@@ -303,12 +303,13 @@ class RandomPatches:
 class PretextDataset(Dataset):
     """Images of a folder tree, with boxes to find and their patches.
 
-    Boxes lie on the image as it is shown and the patches are cut from it, so that a patch shows what the model can see in
-    the image. In training, sample i is a function of (seed, epoch, i); in evaluation of (seed, i) alone.
+    Boxes lie on the image as it is shown and the patches are cut from it, so that a patch shows what the model can see
+    in the image. In training, sample i is a function of (seed, epoch, i); in evaluation of (seed, i) alone.
 
-    Where the model is given the patches, samples are (image, patches, target). In training the patches are augmented; in
-    evaluation they are not, and the target also holds `control_patches`: patches of another image, which a model must not
-    find. Otherwise samples are (image, target), as labelled data sets' are, and the target holds the `patches`.
+    Where the model is given the patches, samples are (image, patches, target). In training the patches are augmented;
+    in evaluation they are not, and the target also holds `control_patches`: patches of another image, which a model
+    must not find. Otherwise samples are (image, target), as those of labelled data sets, and the target holds the
+    `patches`.
 
     Files that cannot be read are reported once each on standard error, and the next usable image takes their place, as
     it does, silently, for images that do not suit.

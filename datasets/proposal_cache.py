@@ -4,8 +4,8 @@
     DIR/proposals-00042.npz        the entries of all images whose path, relative to the tree, falls into part 42
 
 A part is replaced as a whole, so that it is always readable; part and entry are found by the relative path, so that the
-tree may move and images of one name in different folders have entries of their own. An entry knows the size of its image
-file in bytes: one whose file has changed since is stale.
+tree may move and images of one name in different folders have entries of their own. An entry knows the size of its
+image file in bytes: one whose file has changed since is stale.
 """
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class ProposalCache:
             raise InputError(f"{self.folder / 'manifest.json'} can't be read ({error})") from error
         wanted = {"format": _FORMAT, "proposals": SETTINGS}
         if not isinstance(manifest, dict) or {name: manifest.get(name) for name in wanted} != wanted:
-            raise InputError(f"--cache_path {folder} holds other proposals than these ({_difference(manifest, wanted)}): give "
-                             "another folder, or delete this one")
+            raise InputError(f"--cache_path {folder} holds other proposals than these "
+                             f"({_difference(manifest, wanted)}): give another folder, or delete this one")
         self.num_parts = int(manifest["num_parts"])
 
     @classmethod
@@ -85,7 +85,8 @@ class ProposalCache:
                 folder.mkdir(parents=True, exist_ok=True)
                 # Of two runs that begin at once, one may see what the other is just writing.
                 if any(not path.name.startswith(".") and path.name != "manifest.json" for path in folder.iterdir()):
-                    raise InputError(f"--cache_path {folder} has files in it, but no proposals: give an empty or a new folder")
+                    raise InputError(f"--cache_path {folder} has files in it, but no proposals: give an empty or a new "
+                                     "folder")
                 manifest = {"format": _FORMAT, "proposals": SETTINGS,
                             "num_parts": max(_MIN_PARTS, -(-num_images // _IMAGES_PER_PART))}
                 _replace(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
@@ -172,9 +173,9 @@ class CachedProposals:
                     self._file_sizes[position] = entry.file_size
         missing = np.flatnonzero(self._file_sizes < 0)
         if len(missing):
-            raise InputError(f"--cache_path {folder} lacks {len(missing)} of the {len(files)} images of {root}, the first is "
-                             f"{files[missing[0]]}: run python -m tools.cache_proposals --imagenet_path {root} --cache_path "
-                             f"{folder}")
+            raise InputError(f"--cache_path {folder} lacks {len(missing)} of the {len(files)} images of {root}, the "
+                             f"first is {files[missing[0]]}: run python -m tools.cache_proposals --imagenet_path {root} "
+                             f"--cache_path {folder}")
         self._ends = np.cumsum([0, *map(len, boxes)])
         self._boxes = np.concatenate(boxes)
 
@@ -189,8 +190,8 @@ class CachedProposals:
             InputError: the file has changed since its regions were proposed.
         """
         if path.stat().st_size != self._file_sizes[index]:
-            raise InputError(f"--cache_path {self.folder} is stale: {path} has changed since its regions were proposed; run "
-                             "python -m tools.cache_proposals again")
+            raise InputError(f"--cache_path {self.folder} is stale: {path} has changed since its regions were "
+                             "proposed; run python -m tools.cache_proposals again")
         return self._boxes[self._ends[index]:self._ends[index + 1]]
 
 

@@ -1,8 +1,8 @@
 """DETReg's pretext: the detector finds regions that selective search proposes, and predicts what is in them
 (Bar et al., 2022, section 3).
 
-Where the proposals come from is a *source*: a cache made beforehand (`tools.cache_proposals`), or selective search on the
-spot, which takes some tenth of a second per image.
+Where the proposals come from is a *source*: a cache made beforehand (`tools.cache_proposals`), or selective search on
+the spot, which takes some tenth of a second per image.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REGION_LABEL = 1
 # The published pre-trained models have COCO's 91 outputs, of which REGION_LABEL alone is used.
 NUM_CLASSES = 91
 
-# An image with fewer proposals than this shows nothing: selective search returns the whole image if there is no structure.
+# An image with fewer proposals shows nothing: selective search returns the whole image if there is no structure.
 _MIN_REGIONS = 2
 
 
@@ -46,8 +46,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> Pre
         augment: False prepares training images as evaluation does: not augmented, the same regions in every epoch.
 
     Raises:
-        InputError: a folder is missing or has no images, a flag makes no sense, the cache is not one of these images, or
-            there is none and OpenCV is not installed.
+        InputError: a folder is missing or has no images, a flag makes no sense, the cache is not one of these images,
+            or there is none and OpenCV is not installed.
     """
     root, files = choose_files(image_set, args)
     training = image_set == "train" and augment
@@ -59,11 +59,12 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> Pre
     else:
         transform = T.RandomResize([max(sizes)], max_size)
     if args.cache_path and root == args.imagenet_path:
-        source: Callable = CachedProposals(args.cache_path, root, files, args.max_prop if args.strategy == "topk" else None)
+        limit = args.max_prop if args.strategy == "topk" else None
+        source: Callable = CachedProposals(args.cache_path, root, files, limit)
     else:
         require_opencv()
-        print_main(f"regions of {root} are proposed anew in every epoch; python -m tools.cache_proposals --imagenet_path "
-                   f"{root} --cache_path DIR, then --cache_path DIR, would do it once")
+        print_main(f"regions of {root} are proposed anew in every epoch; to do it once, run python -m "
+                   f"tools.cache_proposals --imagenet_path {root} --cache_path DIR and give --cache_path DIR")
         source = _propose_on_the_spot
     return PretextDataset(root, files, RegionPretext(source, args.strategy, args.max_prop, transform, max(sizes)),
                           training=training, patch_size=args.patch_size, seed=args.seed)
@@ -78,8 +79,8 @@ def choose_regions(strategy: str, count: int, wanted: int, rng: np.random.Genera
     """Chooses among ranked proposals (section 3.1).
 
     Args:
-        strategy: "topk" takes the best; "random" draws without regard to the rank; "importance" draws the i-th of n with
-            a weight of -log(i / n), so that good ones come often and others sometimes.
+        strategy: "topk" takes the best; "random" draws without regard to the rank; "importance" draws the i-th of n
+            with a weight of -log(i / n), so that good ones come often and others sometimes.
         count: number n of proposals.
         wanted: number of regions to choose; all are taken if there are no more.
         rng: random source of the sample.

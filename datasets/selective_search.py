@@ -34,8 +34,8 @@ def propose_regions(path: str | os.PathLike) -> np.ndarray:
 def selective_search(image: Tensor) -> np.ndarray:
     """Runs selective search in its fast mode.
 
-    Its order mixes the level at which a region was merged with chance, which it takes from the C library. That is seeded
-    here, so that an image always gets the same proposals in the same order.
+    Its order mixes the level at which a region was merged with chance, which it takes from the C library. That is
+    seeded here, so that an image always gets the same proposals in the same order.
 
     Args:
         image: uint8 [3, H, W], RGB.
@@ -71,7 +71,7 @@ def require_opencv() -> ModuleType:
         raise InputError(f"selective search needs OpenCV with its contrib modules ({error}): "
                          "pip install -r requirements/detreg.txt") from error
     if not hasattr(cv2, "ximgproc"):
-        raise InputError(f"selective search is one of OpenCV's contrib modules, which the OpenCV {cv2.__version__} of this "
-                         "environment lacks: pip uninstall it, then pip install -r requirements/detreg.txt")
+        raise InputError(f"selective search is one of OpenCV's contrib modules, which the OpenCV {cv2.__version__} of "
+                         "this environment lacks: pip uninstall it, then pip install -r requirements/detreg.txt")
     cv2.setNumThreads(1)
     return cv2

@@ -1,7 +1,7 @@
 """Parts of a labelled data set: a share of its images, a few shots of each class, the base or the novel classes.
 
-All choices are functions of `--filter_seed` and the annotations alone, not of `--seed`: runs that are to be compared see the
-same images. A larger share contains the smaller ones of the same seed, and more shots contain the fewer ones.
+All choices are functions of `--filter_seed` and the annotations alone, not of `--seed`: runs that are to be compared
+see the same images. A larger share contains the smaller ones of the same seed, and more shots contain the fewer ones.
 """
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def choose_shots(ground_truth: dict, shots: int, unit: str, seed: int) -> Chosen
     Args:
         ground_truth: COCO dict.
         shots: how many of each class.
-        unit: "boxes": so many objects of each class are annotated, and no others. "images": so many images that show it,
-            with all annotations; an image may serve several classes, and a class may get more by other classes' images.
+        unit: "boxes": so many objects of each class are annotated, and no others. "images": so many images that show
+            it, with all annotations; an image may serve several classes, and a class may get more by others' images.
         seed: decides which.
     """
     found: dict[int, list[tuple[int, int]]] = {label: [] for label in class_names(ground_truth)}
@@ -194,7 +194,8 @@ def _read_choice(path: str, ground_truth: dict) -> Chosen:
     images, annotations = (content, None) if isinstance(content, list) else (
         content.get("image_ids"), content.get("annotation_ids")) if isinstance(content, dict) else (None, None)
     if not isinstance(images, list) or not isinstance(annotations, (list, type(None))):
-        raise InputError(f'--filter_file {path} is neither a JSON list of image ids nor an object with a list "image_ids"')
+        raise InputError(f"--filter_file {path} is neither a JSON list of image ids nor an object with a list "
+                         '"image_ids"')
     for kind, ids, entries in (("image", images, "images"), ("annotation", annotations or (), "annotations")):
         known = {entry["id"] for entry in ground_truth[entries]}
         unknown = [one for one in ids if not isinstance(one, int) or one not in known]
@@ -223,5 +224,6 @@ def _image_ids(ground_truth: dict) -> list[int]:
 
 
 def _shuffled(count: int, seed: int | list[int]) -> np.ndarray:
-    """0..count-1 in an order that the seed decides, by numpy's old generator: its stream is the same in every version."""
+    """0..count-1 in an order that the seed decides."""
+    # numpy's old generator: its stream, unlike the new one's, stays the same in every version.
     return np.random.RandomState(seed).permutation(count)

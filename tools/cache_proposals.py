@@ -2,8 +2,8 @@
 
     python -m tools.cache_proposals --imagenet_path data/ilsvrc/train --cache_path cache/ilsvrc --num_workers 16
 
-A run that was stopped goes on where it was when it is started again, and one on a tree that has grown or changed does what
-is new. Several runs, on several machines, may not work on one cache at once: they would do the same work.
+A run that was stopped goes on where it was when it is started again, and one on a tree that has grown or changed does
+what is new. Several runs at once on one cache do no harm, but the same work.
 """
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(prog="python -m tools.cache_proposals", allow_abbrev=False,
                                      description="Compute and store the region proposals of a folder tree of images.")
-    parser.add_argument("--imagenet_path", required=True, help="folder tree of images, as main.py is going to be given it")
+    parser.add_argument("--imagenet_path", required=True, help="folder tree of images, as given to main.py")
     parser.add_argument("--cache_path", required=True, help="folder of the cache; made if it doesn't exist")
     parser.add_argument("--class_list", help="text file that names the folders (classes) to take, as for main.py")
     parser.add_argument("--num_workers", type=int, help="processes (one per CPU)")
@@ -151,9 +151,9 @@ def fill(args: argparse.Namespace) -> None:
     start = time.monotonic()
     with _ending_at_interrupt():
         total = _follow(imap_in_processes(fill_part, jobs, workers), len(files))
-    print(f"{args.cache_path}: {total.num_regions / max(total.num_images - len(total.unreadable), 1):.0f} regions on average "
-          f"of {total.num_images:,} images; {total.num_new:,} were new, {len(total.unreadable):,} could not be read; took "
-          f"{duration(time.monotonic() - start)}", flush=True)
+    average = total.num_regions / max(total.num_images - len(total.unreadable), 1)
+    print(f"{args.cache_path}: {average:.0f} regions on average of {total.num_images:,} images; {total.num_new:,} were "
+          f"new, {len(total.unreadable):,} could not be read; took {duration(time.monotonic() - start)}", flush=True)
 
 
 def _follow(parts: Iterable[Part], num_images: int) -> Part:
@@ -176,7 +176,7 @@ def _follow(parts: Iterable[Part], num_images: int) -> Part:
 
 @contextlib.contextmanager
 def _ending_at_interrupt() -> Iterator[None]:
-    """Within, Ctrl-C ends the program at once, and its processes with it, rather than when the parts in work are finished."""
+    """Within, Ctrl-C ends the program and its processes at once, rather than when the parts in work are finished."""
     main_process = os.getpid()
 
     def end(*_: object) -> None:

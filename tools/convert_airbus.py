@@ -5,11 +5,12 @@
 
 then train on them as on any own data:
 
-    python main.py --train_images data/airbus/train_v2 --train_annotations data/airbus/annotations/instances_train.json \\
-        --val_images data/airbus/train_v2 --val_annotations data/airbus/annotations/instances_val.json
+    python main.py --train_images data/airbus/train_v2 --val_images data/airbus/train_v2 \\
+        --train_annotations data/airbus/annotations/instances_train.json \\
+        --val_annotations data/airbus/annotations/instances_val.json
 
-The CSV has a line `ImageId,EncodedPixels` for each ship: pairs of the first pixel, counted from 1 down the columns, and the
-number of pixels. Images without ships have one line with nothing after the comma.
+The CSV has a line `ImageId,EncodedPixels` for each ship: pairs of the first pixel, counted from 1 down the columns, and
+the number of pixels. Images without ships have one line with nothing after the comma.
 """
 import argparse
 import csv
@@ -93,7 +94,8 @@ def is_for_validation(name: str, share: float) -> bool:
     return zlib.crc32(name.encode()) < share * 2**32
 
 
-def convert(ships: Dict[str, List[List[int]]], images: str, val_share: float, keep_empty: bool) -> Dict[str, Dict[str, Any]]:
+def convert(ships: Dict[str, List[List[int]]], images: str, val_share: float,
+            keep_empty: bool) -> Dict[str, Dict[str, Any]]:
     """Make the COCO dicts "train" and "val".
 
     Raises:
@@ -111,7 +113,8 @@ def convert(ships: Dict[str, List[List[int]]], images: str, val_share: float, ke
         for runs in found:
             rle = to_rle(runs, height, width)
             if rle is None:
-                raise InputError(f"a ship of {name} has pixels that are not in order, or outside its {width} x {height}")
+                raise InputError(f"a ship of {name} has pixels that are not in order, or outside "
+                                 f"its {width} x {height}")
             number += 1
             part["annotations"].append({
                 "id": number, "image_id": image_id, "category_id": SHIP["id"], "iscrowd": 0,

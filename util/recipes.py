@@ -68,7 +68,8 @@ NEEDS = {"filter_seed": ("filter_pct", "filter_num", "shots"), "shots_of": ("sho
          "class_split": ("class_part",)}
 # A path that suits several trainings means the last of them; --dataset_file names another.
 REQUIRED_PATHS = {"regions": ("imagenet_path",), "coco": ("coco_path",),
-                  "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",), "imagenet": ("imagenet_path",)}
+                  "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
+                  "imagenet": ("imagenet_path",)}
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -133,8 +134,8 @@ def _check_values(args: argparse.Namespace) -> None:
     if args.filter_seed is not None and not 0 <= args.filter_seed < 2**32:
         raise InputError(f"--filter_seed {args.filter_seed} is not within 0 and {2**32 - 1}")
     if args.dataset_file == "regions" and (args.eval or args.overfit):
-        raise InputError(f"--{'eval' if args.eval else 'overfit'} has no effect with --dataset_file regions: there is nothing "
-                         "to evaluate on")
+        raise InputError(f"--{'eval' if args.eval else 'overfit'} has no effect with --dataset_file regions: there is "
+                         "nothing to evaluate on")
     if args.fre_cnn and args.lr_backbone:
         raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
 

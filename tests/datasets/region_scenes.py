@@ -18,7 +18,8 @@ def write_scene(path, size=(96, 64), seed=0):
 
 
 def arguments(root, **changes):
-    values = dict(dataset_file="regions", imagenet_path=str(root), imagenet_val_path=None, held_out_share=None, class_list=None,
-                  strategy="topk", max_prop=5, cache_path=None, patch_size=24, pretrain_sizes=[32, 40], pretrain_max_size=60,
-                  crop_resize=None, crop_size=None, seed=0, num_classes=None)
+    """Resolved flags as `datasets.regions.build` reads them."""
+    values = dict(dataset_file="regions", imagenet_path=str(root), imagenet_val_path=None, held_out_share=None,
+                  class_list=None, strategy="topk", max_prop=5, cache_path=None, patch_size=24, pretrain_sizes=[32, 40],
+                  pretrain_max_size=60, crop_resize=None, crop_size=None, seed=0, num_classes=None)
     return argparse.Namespace(**{**values, **changes})

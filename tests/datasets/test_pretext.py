@@ -296,7 +296,7 @@ def test_small_images_are_passed_over(folder):
 def test_a_folder_without_any_usable_image_is_refused(tmp_path):
     for number in range(3):
         write_image(tmp_path / f"{number}.png", (10, 10))
-    with pytest.raises(InputError, match="too few usable images: of 3, 0 cannot be read and 3 are too small or show nothing"):
+    with pytest.raises(InputError, match="usable images: of 3, 0 cannot be read and 3 are too small or show nothing"):
         build_dataset("train", arguments(tmp_path))[0]
 
 

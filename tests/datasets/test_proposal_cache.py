@@ -1,4 +1,4 @@
-"""The cache of proposals: it says the same as selective search, keeps images apart, and is refused when it is not theirs."""
+"""The cache of proposals: it says what selective search says, keeps images apart, and is refused if it isn't theirs."""
 import json
 
 import numpy as np
@@ -97,7 +97,7 @@ def test_a_changed_image_is_refused_and_then_done_again(folder, tmp_path, fill):
     args = arguments(folder, cache_path=str(tmp_path / "cache"))
     dataset = build_dataset("train", args)
     dataset[0]
-    with pytest.raises(InputError, match="is stale: .*n0/b.png has changed since its regions were proposed; run python -m"):
+    with pytest.raises(InputError, match="is stale: .*n0/b.png has changed since its regions were proposed; run"):
         dataset[1]
     assert "4 images; 1 were new" in fill()
     assert not np.array_equal(all_entries(tmp_path / "cache")["n0/b.png"].boxes, before)
@@ -111,7 +111,7 @@ def test_images_that_the_cache_lacks_are_named_before_training(folder, tmp_path,
     args = arguments(folder, cache_path=str(tmp_path / "cache"), class_list=str(classes))
     assert len(build_dataset("train", args)) == 2
     args.class_list = None
-    with pytest.raises(InputError, match="lacks 2 of the 4 images of .*, the first is n0/a.png: run python -m tools.cache_pr"):
+    with pytest.raises(InputError, match="lacks 2 of the 4 images of .*, the first is n0/a.png: run python -m tools"):
         build_dataset("train", args)
     assert "of 4 images; 2 were new" in fill() and len(build_dataset("train", args)) == 4
 
@@ -127,7 +127,7 @@ def test_a_cache_of_other_proposals_is_refused(folder, tmp_path, fill, change, w
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
-    message = f"^--cache_path .*cache holds other proposals than these \\({words}.*\\): give another folder, or delete this one$"
+    message = f"^--cache_path .*cache holds other proposals than these \\({words}.*\\): give another folder, or delete"
     with pytest.raises(InputError, match=message):
         build_dataset("train", arguments(folder, cache_path=str(tmp_path / "cache")))
     with pytest.raises(InputError, match=message):
@@ -149,7 +149,7 @@ def test_a_damaged_part_is_named(folder, tmp_path, fill):
     fill()
     part = next((tmp_path / "cache").glob("proposals-*.npz"))
     part.write_bytes(part.read_bytes()[:-30])
-    with pytest.raises(InputError, match=f"{part.name} of the proposal cache is damaged .*: delete it, then run python -m"):
+    with pytest.raises(InputError, match=f"{part.name} of the proposal cache is damaged .*: delete it, then run"):
         build_dataset("train", arguments(folder, cache_path=str(tmp_path / "cache")))
     part.unlink()
     assert " 0 were new" not in fill()

@@ -1,4 +1,4 @@
-"""The laws of the region pretext: which regions are proposed and chosen, and that boxes and crops stay on what they show."""
+"""The laws of the region pretext: which regions are proposed and chosen, and that boxes and crops show the same."""
 import sys
 import types
 
@@ -61,7 +61,7 @@ def test_what_is_missing_of_opencv_is_said(monkeypatch):
     require_opencv.cache_clear()
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "cv2", None)
-        with pytest.raises(InputError, match="^selective search needs OpenCV .*: pip install -r requirements/detreg.txt$"):
+        with pytest.raises(InputError, match="^selective search needs OpenCV .*: pip install -r requirements/detreg"):
             require_opencv()
         plain = types.ModuleType("cv2")
         plain.__version__ = "4.11.0"
@@ -148,7 +148,8 @@ def test_boxes_and_crops_follow_the_object_through_the_augmentation(tmp_path):
 
 def test_crops_are_the_regions_of_their_boxes(folder):
     """In evaluation: the image as in the file, whole pixels around each box."""
-    dataset = dataset_of(folder, ["n0/0.png"], Given([0, 0, 64, 64], [64, 32, 128, 128]), T.RandomResize([64], 96), False)
+    source = Given([0, 0, 64, 64], [64, 32, 128, 128])
+    dataset = dataset_of(folder, ["n0/0.png"], source, T.RandomResize([64], 96), training=False)
     image, target = dataset[0]
     shown = denormalise(image)
     assert torch.equal(shown, torch.from_numpy(np.array(Image.open(folder / "n0/0.png"))).permute(2, 0, 1))
@@ -169,7 +170,8 @@ def test_targets(folder):
         "area": ([count], torch.float32), "iscrowd": ([count], torch.int64), "orig_size": ([2], torch.int64),
         "size": ([2], torch.int64), "patches": ([count, 3, 24, 24], torch.float32)}
     assert target["labels"].tolist() == [1] * count and target["iscrowd"].tolist() == [0] * count
-    assert target["orig_size"].tolist() == [64, 96] and target["size"].tolist() == size and target["image_id"].tolist() == [2]
+    assert target["orig_size"].tolist() == [64, 96] and target["size"].tolist() == size
+    assert target["image_id"].tolist() == [2]
     corners = box_cxcywh_to_xyxy(target["boxes"])
     assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
     assert num_classes_and_names(arguments(folder)) == (91, {1: "region"})
@@ -196,7 +198,8 @@ def test_a_crop_that_loses_every_region_leaves_an_empty_target(folder):
 
     dataset = dataset_of(folder, ["n0/0.png"], Given([64, 64, 128, 128], [100, 64, 128, 128]), CutAway())
     _, target = dataset[0]
-    assert target["patches"].shape == (0, 3, 16, 16) and target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+    assert target["patches"].shape == (0, 3, 16, 16) and target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
 
 
 def test_an_image_that_shows_nothing_is_replaced(folder, tmp_path):

@@ -41,8 +41,9 @@ def own_data(tmp_path):
 
 
 def arguments(root, **changes):
-    values = dict(dataset_file="coco", coco_path=None, train_images=str(root), train_annotations=str(root / "train.json"),
-                  val_images=str(root), val_annotations=str(root / "val.json"), eval=False, seed=0, num_classes=None,
+    values = dict(dataset_file="coco", coco_path=None, train_images=str(root), val_images=str(root),
+                  train_annotations=str(root / "train.json"), val_annotations=str(root / "val.json"), eval=False, seed=0,
+                  num_classes=None,
                   train_sizes=None, val_size=20, max_size=40, crop_resize=None, crop_size=None, output_dir="",
                   filter_pct=-1.0, filter_num=-1.0, filter_file=None, filter_seed=0, shots=None, shots_of="boxes",
                   class_split=None, class_part=None)
@@ -69,8 +70,8 @@ def test_a_hundredth_of_coco_and_a_tenth_of_voc():
 
 
 def test_the_choice_is_fixed():
-    """By its seed, and not by the order of the images in the file. numpy.random.seed(0) makes permutation(10) begin with
-    2, 8, 4 in every version."""
+    """By its seed, and not by the order of the images in the file; numpy.random.seed(0) makes permutation(10) begin
+    with 2, 8, 4 in every version."""
     content = {"images": [{"id": number} for number in range(1, 11)], "annotations": [], "categories": []}
     chosen = choose_images(content, 3, 0).image_ids
     assert chosen == choose_images({**content, "images": content["images"][::-1]}, 3, 0).image_ids == [3, 5, 9]
@@ -94,7 +95,7 @@ def test_images_keep_their_annotations_and_the_file_stays_whole(own_data):
     part = build_dataset("train", arguments(own_data, filter_num=12.0))
     assert len(part) == 12
     assert all(part.coco.imgToAnns[image_id] == whole.coco.imgToAnns[image_id] for image_id in part.ids)
-    assert len(build_dataset("train", arguments(own_data))) == 40   # what was read is remembered, not what was left of it
+    assert len(build_dataset("train", arguments(own_data))) == 40   # what was read is remembered, not what was left
 
 
 # Few shots
@@ -219,8 +220,8 @@ def test_the_usual_splits(root):
         path = str(root / f"datasets/splits/voc{number}.json")
         assert len(read_class_split(path, "novel", {"categories": categories})) == 5
         assert len(read_class_split(path, "base", {"categories": categories})) == 15
-    other = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
-             "sofa": "couch", "tvmonitor": "tv"}
+    other = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle",
+             "pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}
     novel = json.loads((root / "datasets/splits/coco.json").read_text())["novel"]
     assert sorted(novel) == sorted(other.get(name, name) for name in VOC_CLASSES)
 
@@ -234,5 +235,5 @@ def test_a_tenth_of_voc(tmp_path):
                      filter_pct=10.0, output_dir=str(tmp_path / "run"))
     dataset = build_dataset("train", args)
     assert len(dataset) == 2 and len(build_dataset("val", args)) == 2
-    args = arguments(tmp_path, **{**vars(args), "filter_pct": -1.0, "filter_file": str(tmp_path / "run/train_subset.json")})
+    args.filter_pct, args.filter_file = -1.0, str(tmp_path / "run/train_subset.json")
     assert build_dataset("train", args).ids == dataset.ids

@@ -1,4 +1,4 @@
-"""The tool that fills a cache of proposals, run as a user does: in parallel, stopped in the middle, and started again."""
+"""The tool that fills a cache of proposals, as users run it: in parallel, stopped in the middle, started again."""
 import os
 import signal
 import subprocess
@@ -41,8 +41,9 @@ def fill(images, cache_path, *flags):
 def test_a_run_that_was_stopped_goes_on(root, images, tmp_path, end, status, capsys):
     cache_path = tmp_path / "cache"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.cache_proposals", "--imagenet_path", images, "--cache_path", cache_path, "--num_workers",
-         "2"], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        [sys.executable, "-m", "tools.cache_proposals", "--imagenet_path", images, "--cache_path", cache_path,
+         "--num_workers", "2"], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
     while len(list(cache_path.glob("proposals-*.npz"))) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)

@@ -75,7 +75,8 @@ def test_images_without_ships_on_request(airbus):
 def test_training_reads_them(airbus):
     parts = convert(airbus)
     args = argparse.Namespace(
-        dataset_file="coco", coco_path=None, train_images=str(airbus / "images"), masks=True, seed=0, num_classes=None, eval=False,
+        dataset_file="coco", coco_path=None, masks=True, seed=0, num_classes=None, eval=False,
+        train_images=str(airbus / "images"),
         train_annotations=str(airbus / "annotations/instances_train.json"), val_images=str(airbus / "images"),
         val_annotations=str(airbus / "annotations/instances_val.json"), train_sizes=None, val_size=12, max_size=None,
         crop_resize=None, crop_size=None)

@@ -90,14 +90,16 @@ def test_resolving_twice_changes_nothing(flags):
 @pytest.mark.parametrize("dataset, flags, message", [
     ("coco", ("--num_patches", 5), "--num_patches has no effect with --dataset_file coco; it belongs to imagenet"),
     ("coco", ("--feature_recon",), "--feature_recon has no effect with --dataset_file coco; it belongs to imagenet"),
-    ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet and regions"),
+    ("voc", ("--imagenet_path", "x"),
+     "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet and regions"),
     ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
     ("voc", ("--train_images", "x"),
      "--train_images has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
     ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco and "
      "coco_panoptic"),
     ("imagenet", ("--num_classes", 3),
-     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc and regions"),
+     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc and "
+     "regions"),
     ("coco", ("--coco_panoptic_path", "x"),
      "--coco_panoptic_path has no effect with --dataset_file coco; it belongs to coco_panoptic"),
     ("voc", ("--masks",), "--masks has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
@@ -109,11 +111,13 @@ def test_a_flag_of_another_training_is_refused(dataset, flags, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--filter_pct", 1, "--filter_num", 5), "--filter_num has no effect with --filter_pct, which says what to train on"),
+    (("--filter_pct", 1, "--filter_num", 5),
+     "--filter_num has no effect with --filter_pct, which says what to train on"),
     (("--filter_file", "x", "--shots", 5), "--shots has no effect with --filter_file, which says what to train on"),
     (("--filter_seed", 1), "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
     (("--filter_seed", -1, "--shots", 1), "--filter_seed -1 is not within 0 and 4294967295"),
-    (("--filter_seed", 1, "--filter_pct", -1), "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
+    (("--filter_seed", 1, "--filter_pct", -1),
+     "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
     (("--shots_of", "images"), "--shots_of has no effect without --shots"),
     (("--class_split", "x"), "--class_split has no effect without --class_part"),
     (("--class_part", "base"), "--class_part has no effect without --class_split"),
@@ -136,7 +140,8 @@ def test_flags_of_regions_and_subsets_that_mean_nothing(flags, message):
 
 def test_flags_of_regions_and_subsets():
     args = resolved("--dataset_file", "regions", "--imagenet_path", "images")
-    assert (args.strategy, args.max_prop, args.cache_path, args.patch_size, args.lr_backbone) == ("topk", 30, None, 128, 0)
+    assert (args.strategy, args.max_prop, args.cache_path, args.patch_size) == ("topk", 30, None, 128)
+    assert args.lr_backbone == 0
     recipes.require_data(args)
     for name in ("coco", "voc"):
         args = resolved("--dataset_file", name)
@@ -168,7 +173,8 @@ def test_every_flag_left_open_has_a_default_somewhere():
     itself = {"amp", "num_classes", "dataset_file", "coco_path", "coco_panoptic_path", "voc_path", "imagenet_path",
               "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "class_list", "cache_path", "filter_file", "shots", "class_split", "class_part", "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit"}
+              "class_list", "cache_path", "filter_file", "shots", "class_split", "class_part", "local_rank",
+              "train_images", "train_annotations", "val_images", "val_annotations", "overfit"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
