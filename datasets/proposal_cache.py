@@ -174,8 +174,8 @@ class CachedProposals:
         missing = np.flatnonzero(self._file_sizes < 0)
         if len(missing):
             raise InputError(f"--cache_path {folder} lacks {len(missing)} of the {len(files)} images of {root}, the "
-                             f"first is {files[missing[0]]}: run python -m tools.cache_proposals --imagenet_path {root} "
-                             f"--cache_path {folder}")
+                             f"first is {files[missing[0]]}: run python -m tools.cache_proposals --imagenet_path "
+                             f"{root} --cache_path {folder}")
         self._ends = np.cumsum([0, *map(len, boxes)])
         self._boxes = np.concatenate(boxes)
 

@@ -42,8 +42,8 @@ def own_data(tmp_path):
 
 def arguments(root, **changes):
     values = dict(dataset_file="coco", coco_path=None, train_images=str(root), val_images=str(root),
-                  train_annotations=str(root / "train.json"), val_annotations=str(root / "val.json"), eval=False, seed=0,
-                  num_classes=None,
+                  train_annotations=str(root / "train.json"), val_annotations=str(root / "val.json"), eval=False,
+                  seed=0, num_classes=None,
                   train_sizes=None, val_size=20, max_size=40, crop_resize=None, crop_size=None, output_dir="",
                   filter_pct=-1.0, filter_num=-1.0, filter_file=None, filter_seed=0, shots=None, shots_of="boxes",
                   class_split=None, class_part=None)
