@@ -10,7 +10,7 @@ demo: $(VENV)/demo-installed
 	$(VENV)/bin/python -m tools.demo --output_dir $(DEMO_DIR)
 
 test: $(VENV)/test-installed
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 $(VENV)/demo-installed: requirements.txt requirements/demo.txt | $(VENV)/bin/python
 	$(PIP) -r requirements/demo.txt

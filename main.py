@@ -1,4 +1,4 @@
-"""Train and evaluate DETR, Deformable DETR, UP-DETR and DETReg. Which of them is a matter of data set and flags; see README.md."""
+"""Train and evaluate DETR, Deformable DETR, UP-DETR and DETReg: which of them, data set and flags say. See README.md."""
 import argparse
 import datetime
 import functools

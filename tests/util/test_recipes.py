@@ -223,7 +223,8 @@ def test_flags_of_masks_need_masks(flags):
 
 @pytest.mark.parametrize("model, flags, message", [
     ("deformable_detr", ("--masks",), "--masks is for --model detr only, not for deformable_detr"),
-    ("deformable_detr", ("--frozen_weights", "x.pth"), "--frozen_weights is for --model detr only, not for deformable_detr"),
+    ("deformable_detr", ("--frozen_weights", "x.pth"),
+     "--frozen_weights is for --model detr only, not for deformable_detr"),
     ("deformable_detr", ("--dice_loss_coef", 1), "--dice_loss_coef has no effect without --masks"),
     ("deformable_detr", ("--pre_norm",), "--pre_norm is for --model detr only, not for deformable_detr"),
     ("deformable_detr", ("--eos_coef", 0.1), "--eos_coef is for --model detr only, not for deformable_detr"),
