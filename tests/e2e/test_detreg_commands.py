@@ -262,7 +262,7 @@ def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
     program.write_text(textwrap.dedent(PROGRAM))
     for launcher in ("single", "torchrun"):
         run([program, tmp_path / f"{launcher}.pth"], launcher, env={"PYTHONPATH": str(ROOT)})
-    one, two = (torch.load(tmp_path / f"{launcher}.pth") for launcher in ("single", "torchrun"))
+    one, two = (torch.load(tmp_path / f"{launcher}.pth", weights_only=True) for launcher in ("single", "torchrun"))
     for model in ("detr", "deformable_detr"):
         assert one[f"{model} feature_embed.layers.1.weight"].abs().max() > 1e-3
     for name in one:
