@@ -102,14 +102,16 @@ def test_resolving_twice_changes_nothing(flags):
 @pytest.mark.parametrize("dataset, flags, message", [
     ("coco", ("--num_patches", 5), "--num_patches has no effect with --dataset_file coco; it belongs to imagenet"),
     ("coco", ("--feature_recon",), "--feature_recon has no effect with --dataset_file coco; it belongs to imagenet"),
-    ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet"),
+    ("voc", ("--imagenet_path", "x"),
+     "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet and regions"),
     ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
     ("voc", ("--train_images", "x"),
      "--train_images has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
     ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco and "
      "coco_panoptic"),
     ("imagenet", ("--num_classes", 3),
-     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc"),
+     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc and "
+     "regions"),
     ("coco", ("--coco_panoptic_path", "x"),
      "--coco_panoptic_path has no effect with --dataset_file coco; it belongs to coco_panoptic"),
     ("voc", ("--masks",), "--masks has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
@@ -118,6 +120,98 @@ def test_resolving_twice_changes_nothing(flags):
 def test_a_flag_of_another_training_is_refused(dataset, flags, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         resolved("--dataset_file", dataset, *flags)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--filter_pct", 1, "--filter_num", 5),
+     "--filter_num has no effect with --filter_pct, which says what to train on"),
+    (("--filter_file", "x", "--shots", 5), "--shots has no effect with --filter_file, which says what to train on"),
+    (("--filter_seed", 1), "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
+    (("--filter_seed", -1, "--shots", 1), "--filter_seed -1 is not within 0 and 4294967295"),
+    (("--filter_seed", 1, "--filter_pct", -1),
+     "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
+    (("--shots_of", "images"), "--shots_of has no effect without --shots"),
+    (("--class_split", "x"), "--class_split has no effect without --class_part"),
+    (("--class_part", "base"), "--class_part has no effect without --class_split"),
+    (("--shots", 0), "--shots 0 must be at least 1"),
+    (("--dataset_file", "coco_panoptic", "--filter_pct", 1),
+     "--filter_pct has no effect with --dataset_file coco_panoptic; it belongs to coco and voc"),
+    (("--imagenet_path", "x", "--strategy", "topk"),
+     "--strategy has no effect with --dataset_file imagenet; it belongs to regions"),
+    (("--dataset_file", "regions", "--num_patches", 10),
+     "--num_patches has no effect with --dataset_file regions; it belongs to imagenet"),
+    (("--dataset_file", "regions", "--max_prop", 0), "--max_prop 0 must be at least 1"),
+    (("--dataset_file", "regions", "--eval"),
+     "--eval has no effect with --dataset_file regions: there is nothing to evaluate on"),
+    (("--dataset_file", "regions", "--overfit", 2),
+     "--overfit has no effect with --dataset_file regions: there is nothing to evaluate on")])
+def test_flags_of_regions_and_subsets_that_mean_nothing(flags, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        resolved(*flags)
+
+
+def test_flags_of_regions_and_subsets():
+    args = resolved("--dataset_file", "regions", "--imagenet_path", "images")
+    assert (args.strategy, args.max_prop, args.cache_path, args.patch_size) == ("topk", 30, None, 128)
+    assert args.lr_backbone == 0
+    recipes.require_data(args)
+    for name in ("coco", "voc"):
+        args = resolved("--dataset_file", name)
+        assert (args.filter_pct, args.filter_num, args.filter_seed, args.shots_of) == (-1, -1, 0, "boxes")
+        assert resolved("--dataset_file", name, "--filter_pct", -1).filter_pct == -1
+
+
+REGIONS = dict(lr_drop=40, lr_backbone=0, load_backbone="swav", load_embedding="swav", object_embedding_loss=False,
+               obj_embedding_head="intermediate", object_embedding_coef=1, strategy="topk", max_prop=30, batch_size=4)
+
+
+@pytest.mark.parametrize("model, expected", [
+    ("deformable_detr", dict(**REGIONS, epochs=50, lr=2e-4, num_queries=300, cls_loss_coef=2,
+                             position_from_centre=None)),
+    ("detr", dict(**REGIONS, epochs=60, lr=1e-4, num_queries=100, cls_loss_coef=1, eos_coef=0.1,
+                  position_from_centre=True))])
+def test_published_defaults_of_detreg(model, expected):
+    args = resolved("--model", model, "--dataset_file", "regions")
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert resolved("--dataset_file", "regions").model == "deformable_detr" and resolved().model == "detr"
+    assert resolved("--dataset_file", "regions", "--load_backbone", "a.pth").load_embedding == "a.pth"
+
+
+@pytest.mark.parametrize("dataset, dataset_file, flag, path", [
+    ("imagenet", "regions", "imagenet_path", "data/ilsvrc/train"),
+    ("imagenet100", "regions", "imagenet_path", "data/ilsvrc100/train"),
+    ("coco_pretrain", "regions", "imagenet_path", "data/MSCoco/train2017"),
+    ("coco", "coco", "coco_path", "data/MSCoco"), ("voc", "voc", "voc_path", "data/pascal/VOCdevkit")])
+def test_detregs_names_of_data(dataset, dataset_file, flag, path):
+    args = resolved("--dataset", dataset)
+    assert (args.dataset_file, getattr(args, flag)) == (dataset_file, path)
+    assert getattr(resolved("--dataset", dataset, "--data_root", "/here"), flag) == path.replace("data", "/here", 1)
+    assert getattr(resolved("--dataset", dataset, f"--{flag}", "there"), flag) == "there"
+    recipes.require_data(args)
+    with pytest.raises(InputError, match=f"^--data_root /here has no effect with --{flag}, which says where the "):
+        resolved("--dataset", dataset, "--data_root", "/here", f"--{flag}", "there")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--data_root", "x"), "--data_root x has no effect without --dataset, which says what of it to use"),
+    (("--dataset", "imagenet", "--dataset_file", "coco"),
+     "--dataset imagenet means --dataset_file regions, not coco"),
+    (("--dataset_file", "regions", "--obj_embedding_head", "head"),
+     "--obj_embedding_head has no effect without --object_embedding_loss"),
+    (("--dataset_file", "regions", "--load_embedding", "swav"),
+     "--load_embedding has no effect without --object_embedding_loss"),
+    (("--dataset_file", "coco", "--object_embedding_loss"),
+     "--object_embedding_loss has no effect with --dataset_file coco; it belongs to regions"),
+    (("--reset_embedding_layer", 0),
+     "--reset_embedding_layer 0 has no effect without --pretrain, whose class heads it keeps"),
+    (("--position_from_centre", "--position_embedding", "learned"),
+     "--position_from_centre has no effect without --position_embedding sine"),
+    (("--model", "deformable_detr", "--position_from_centre"),
+     "--position_from_centre is for --model detr only, not for deformable_detr"),
+    (("--save_every", 0), "--save_every 0 must be at least 1")])
+def test_flags_of_detreg_that_mean_nothing(flags, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        resolved(*flags)
 
 
 @pytest.mark.parametrize("flags", [("--frozen_weights", "x.pth"), ("--mask_loss_coef", 1), ("--dice_loss_coef", 2),
@@ -171,7 +265,9 @@ def test_every_flag_left_open_has_a_default_somewhere():
     itself = {"amp", "num_classes", "dataset_file", "coco_path", "coco_panoptic_path", "voc_path", "imagenet_path",
               "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model", "lr_drop_epochs"}
+              "class_list", "cache_path", "filter_file", "shots", "class_split", "class_part", "local_rank",
+              "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model",
+              "lr_drop_epochs", "dataset", "data_root"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -243,18 +339,24 @@ def test_the_start_of_the_log_names_every_value():
 # The command line.
 
 # Flags of ours that no original has. A new flag is a decision: it enters this list with it.
-OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone", "--num_classes",
-       "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
+OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--num_classes",
+       "--match_within_group", "--load_embedding", "--position_from_centre", "--patch_size",
+       "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
-       "--crop_size", "--val_size", "--max_size", "--eval_every", "--mask_softmax", "--local_rank", "--local-rank",
-       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard", "--model"}
-# A flag of the originals that this program doesn't have.
-ABSENT = {"--cache_mode"}
+       "--crop_size", "--val_size", "--max_size", "--mask_softmax", "--local_rank", "--local-rank",
+       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard",
+       "--class_list", "--filter_file", "--filter_seed", "--shots", "--shots_of", "--class_split", "--class_part"}
+# Flags of the originals that this program doesn't have: images are read as they are needed, and `tools.predict` draws.
+ABSENT = {"--cache_mode", "--viz"}
 # Flags that an original accepts in a training where they do nothing; here they are refused there.
 WITHOUT_EFFECT = {"updetr_pretrain": {"--mask_loss_coef", "--dice_loss_coef"},
-                  "deformable": {"--masks", "--frozen_weights", "--mask_loss_coef", "--dice_loss_coef"}}
+                  "deformable": {"--masks", "--frozen_weights", "--mask_loss_coef", "--dice_loss_coef"},
+                  "detreg": {"--masks", "--frozen_weights", "--mask_loss_coef", "--dice_loss_coef",
+                             "--remove_difficult", "--pre_norm", "--eos_coef", "--filter_pct", "--filter_num"}}
+# Whose choices differ: proposals are chosen by the paper's names.
+OTHER_CHOICES = {"--strategy"}
 RECIPE_FLAGS = {"detr": (), "updetr_finetune": (), "updetr_pretrain": ("--dataset_file", "imagenet"),
-                "deformable": ("--model", "deformable_detr")}
+                "deformable": ("--model", "deformable_detr"), "detreg": ("--dataset_file", "regions")}
 TYPES = {"float": float, "int": int, "str": str, None: str}
 
 
@@ -278,11 +380,14 @@ def test_flags_of_the_originals_keep_their_meaning(original_flags, program):
         assert type(action).__name__ == f"_{original['action']}", flag
         if original["action"] == "StoreAction":
             assert (action.type or str) is TYPES[original["type"]], flag
-        if original["choices"]:
+        if original["choices"] and flag not in OTHER_CHOICES:
             assert list(action.choices) == original["choices"], flag
         # Decided by the machine, or by the path that is given.
-        if flag in ("--device", "--num_workers", "--dataset_file", "--imagenet_path", "--coco_path"):
+        if flag in ("--device", "--num_workers", "--dataset_file", "--imagenet_path", "--coco_path", "--dataset",
+                    "--data_root"):
             continue
+        if program == "detreg" and original["default"] is None:
+            continue  # decided by --model, in the original too
         assert getattr(args, action.dest) == (original["default"] if flag != "--remove_difficult" else False), flag
 
 
