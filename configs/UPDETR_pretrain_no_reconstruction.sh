@@ -7,8 +7,8 @@
 # Run:      GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 8 ./configs/UPDETR_pretrain_no_reconstruction.sh
 # Then:     ./configs/UPDETR_fine_tune_voc_150ep.sh --pretrain exps/UPDETR_pretrain_no_reconstruction/checkpoint.pth \
 #               --output_dir exps/UPDETR_pretrain_no_reconstruction_voc
-# Flags that are given win. The images lie in $DATA_ROOT/ilsvrc/train (DATA_ROOT is data unless set), or in any folder tree,
-# --imagenet_path. The backbone starts from SwAV's weights (--load_backbone).
+# Flags that are given win. The images lie in $DATA_ROOT/ilsvrc/train (DATA_ROOT is data unless set), or in any folder
+# tree, --imagenet_path. The backbone starts from SwAV's weights (--load_backbone).
 exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \
     --pre_norm --num_patches 10 --fre_cnn --batch_size 32 --epochs 60 --lr_drop 40 \
     --imagenet_path "${DATA_ROOT:-data}/ilsvrc/train" --output_dir exps/UPDETR_pretrain_no_reconstruction "$@"

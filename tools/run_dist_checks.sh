@@ -13,7 +13,7 @@ require_count() {
 # require_program SCRIPT: it can be run as it is given.
 require_program() {
     if ! command -v -- "$1" > /dev/null; then
-        [[ -e $1 ]] && fail "$1 can't be run: chmod +x $1"
+        [[ -e $1 ]] && fail "$1 can't be run: it must be executable (chmod +x) and be given with its folder (./$1)"
         fail "$1: no such script"
     fi
 }
@@ -27,5 +27,5 @@ place_processes() {
     per_node=$(($1 / nodes))
     ((per_node * nodes == $1)) || fail "$1 processes can't be shared out evenly among $nodes nodes"
     ((per_node <= ${GPUS_PER_NODE:-per_node})) ||
-        fail "$1 processes on $nodes nodes are $per_node each, more than GPUS_PER_NODE $GPUS_PER_NODE"
+        fail "$1 processes with NNODES $nodes are $per_node on each, more than GPUS_PER_NODE $GPUS_PER_NODE"
 }
