@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, objects_per_image
 from datasets.coco_panoptic import is_thing_map
 from datasets.pretext import PretextDataset
+from datasets.regions import STRATEGIES
 from engine import evaluate, evaluate_patches, train_one_epoch
 from models import build_model
 from util import recipes
@@ -95,6 +96,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--pretrain_sizes", type=int, nargs="+", help="short sides to choose from (320 … 480, step 16)")
     group.add_argument("--pretrain_max_size", type=int, help="largest long side (600)")
 
+    group = parser.add_argument_group("DETReg pre-training")
+    group.add_argument("--strategy", choices=STRATEGIES,
+                       help="which of an image's proposals are to be found: the best, any, or any but good ones more "
+                            "often (topk)")
+    group.add_argument("--max_prop", type=int, help="most regions to find in an image (30)")
+    group.add_argument("--cache_path", help="--imagenet_path's proposals by tools.cache_proposals (made on the spot)")
+
     group = parser.add_argument_group("loss and matching")
     group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses of earlier decoder layers")
     group.add_argument("--set_cost_class", type=float, help="1; Deformable DETR: 2")
@@ -127,9 +135,21 @@ def get_args_parser() -> argparse.ArgumentParser:
                            f"--coco_path (annotations/instances_{part}2017.json; panoptic: --coco_panoptic_path)")
     group.add_argument("--voc_path", help="the VOCdevkit folder, with VOC2007/ and VOC2012/")
     group.add_argument("--imagenet_path", help="folder tree of images to pre-train on")
+    group.add_argument("--class_list",
+                       help="text file that names the folders (classes) of --imagenet_path to use, as ImageNet100's")
     group.add_argument("--imagenet_val_path", help="folder tree of held-out images to evaluate a pre-training on")
     group.add_argument("--held_out_share", type=float, help="share of --imagenet_path's images to hold out for that (0)")
     group.add_argument("--remove_difficult", action="store_true", default=None, help="VOC: don't train on difficult objects")
+    group.add_argument("--filter_pct", type=float, help="train on so many percent of the images (-1: all)")
+    group.add_argument("--filter_num", type=float, help="train on so many of the images (-1: all)")
+    group.add_argument("--filter_file", help="train on the images and boxes of this file: train_subset.json of an "
+                       "--output_dir, or a JSON list of image ids")
+    group.add_argument("--filter_seed", type=int, help="decides which images or boxes are taken (0)")
+    group.add_argument("--shots", type=int, metavar="K", help="train on K boxes or images of each class")
+    group.add_argument("--shots_of", choices=("boxes", "images"), help="what --shots counts (boxes)")
+    group.add_argument("--class_split", help='JSON file {"novel": [class names]}, such as datasets/splits/coco.json; '
+                       'other classes are "base" unless it names these too')
+    group.add_argument("--class_part", choices=("base", "novel"), help="part of --class_split to train and evaluate on")
     group.add_argument("--train_sizes", type=int, nargs="+", help="short sides to choose from (480 … 800, step 32)")
     group.add_argument("--crop_resize", type=int, nargs="+", help="short sides before the random crop (400 500 600)")
     group.add_argument("--crop_size", type=int, nargs=2, help="smallest and largest side of that crop (384 600)")
@@ -359,7 +379,9 @@ def main(args: argparse.Namespace) -> None:
     initial_weights(state, checkpoint, args)
     del checkpoint  # a training would keep its memory to the end
 
-    held_out = args.dataset_file != "imagenet" or args.imagenet_val_path or args.held_out_share or args.eval or args.overfit
+    # DETReg's pre-training is not evaluated; it is judged by what comes of it.
+    held_out = args.dataset_file not in ("imagenet", "regions") or (
+        args.imagenet_val_path or args.held_out_share or args.eval or args.overfit)
     evaluation = Evaluation(args, criterion, postprocessors) if held_out else None
     if args.eval:
         print_main(evaluation_summary(args, class_names, len(evaluation.dataset), objects_per_image(evaluation.dataset)))

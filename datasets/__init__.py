@@ -7,17 +7,18 @@ import torch
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Subset
 
-from datasets import coco, coco_panoptic, pretext, voc
+from datasets import coco, coco_panoptic, pretext, regions, voc
 from util.errors import InputError
 
 __all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names", "objects_per_image"]
 
 # `--dataset_file` to the module that builds it.
-_DATASETS = {"coco": coco, "coco_panoptic": coco_panoptic, "voc": voc, "imagenet": pretext}
+_DATASETS = {"coco": coco, "coco_panoptic": coco_panoptic, "voc": voc, "imagenet": pretext,
+             "regions": regions}
 
 
 def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
-    """Builds the data set that `args.dataset_file` ("coco", "coco_panoptic", "voc" or "imagenet") names.
+    """Builds the data set that `args.dataset_file` ("coco", "coco_panoptic", "voc", "imagenet" or "regions") names.
 
     With `args.overfit` both image sets are the first so many training images, prepared as in evaluation.
 

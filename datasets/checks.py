@@ -17,7 +17,8 @@ from datasets.image_io import UnreadableImage, read_image
 from util.errors import InputError
 
 __all__ = [
-    "KINDS", "Fault", "Problem", "box_faults", "category_problems", "decode_segmentation", "draw_segmentation",
+    "KINDS", "Fault", "Problem", "box_faults", "category_problems", "class_names", "decode_segmentation",
+    "draw_segmentation",
     "ground_truth_problems", "image_entry_problems", "is_box", "is_count", "mask_box_fault", "object_faults",
     "place_faults", "raise_first", "read_labelled_image",
 ]
@@ -96,6 +97,12 @@ class Problem:
     def sentence(self) -> str:
         """The whole sentence."""
         return f"{self.where} {self.fault}".rstrip()
+
+
+def class_names(ground_truth: dict) -> dict[int, str]:
+    """Returns the class name of each category id (the id itself where there is no name), by ascending id."""
+    names = {category["id"]: str(category.get("name", category["id"])) for category in ground_truth["categories"]}
+    return dict(sorted(names.items()))
 
 
 def raise_first(problems: Iterable[Problem]) -> list[Problem]:

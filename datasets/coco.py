@@ -7,7 +7,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import transforms as T
-from datasets.checks import (Problem, draw_segmentation, ground_truth_problems, is_count, raise_first,
+from datasets.checks import (Problem, class_names, draw_segmentation, ground_truth_problems, is_count, raise_first,
                              read_labelled_image)
+from datasets.subsets import restriction
 from util.distributed import print_main
 from util.errors import InputError
 
 __all__ = [
     "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "image_folder",
     "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of", "paths",
-    "read_ground_truth", "report_left_out", "training_categories", "transform_sizes",
+    "read_ground_truth", "report_left_out", "training_augmentation", "training_categories", "transform_sizes",
 ]
 
 TRAIN_SIZES = tuple(range(480, 801, 32))
@@ -52,7 +53,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
-                         num_classes=num_classes)
+                         num_classes=num_classes, restrict=restriction(image_set, args))
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -134,7 +135,14 @@ def make_coco_transforms(
         return T.Compose([T.RandomResize([val_size], max_size), T.Normalize()])
     if image_set != "train":
         raise ValueError(f'image_set must be "train" or "val", got {image_set!r}')
-    train_sizes = list(train_sizes or TRAIN_SIZES)
+    return T.Compose([training_augmentation(list(train_sizes or TRAIN_SIZES), max_size, crop_resize, crop_size),
+                      T.Normalize()])
+
+
+def training_augmentation(
+    train_sizes: Sequence[int], max_size: int, crop_resize: list[int] | None, crop_size: list[int] | None
+) -> T.Compose:
+    """DETR's augmentation in training up to the bytes of the image, arguments as in `make_coco_transforms`."""
     if crop_size and not (len(crop_size) == 2 and crop_size[0] <= crop_size[1]):
         raise InputError(f"--crop_size {crop_size} is not a smallest and a largest side")
     scale = max(train_sizes) / max(TRAIN_SIZES)
@@ -145,7 +153,7 @@ def make_coco_transforms(
         T.RandomSizeCrop(smallest, largest),
         resize,
     ])
-    return T.Compose([T.RandomHorizontalFlip(), T.RandomSelect(resize, crop_and_resize), T.Normalize()])
+    return T.Compose([T.RandomHorizontalFlip(), T.RandomSelect(resize, crop_and_resize)])
 
 
 class DetectionDataset(Dataset):
@@ -298,6 +306,7 @@ class CocoDetection(DetectionDataset):
         return_masks: whether targets hold `masks`, from polygons or run lengths.
         seed: seed of the run.
         num_classes: number of classes of the model; None for the highest category id + 1.
+        restrict: makes of the checked COCO dict the one to use, see `datasets.subsets`; None uses it all.
 
     Raises:
         InputError: the folder is missing, or the JSON is missing, broken, or wrong in a way `check_ground_truth` finds.
@@ -312,12 +321,14 @@ class CocoDetection(DetectionDataset):
         *,
         seed: int = 0,
         num_classes: int | None = None,
+        restrict: Callable[[dict], dict] | None = None,
     ) -> None:
         if not Path(img_folder).is_dir():
             raise InputError(f"image folder {img_folder} does not exist")
         ground_truth = read_ground_truth(ann_file)
         num_classes = num_classes_of(ground_truth, ann_file, num_classes)
         check_ground_truth(ground_truth, ann_file, num_classes, need_masks=return_masks)
+        ground_truth = restrict(ground_truth) if restrict else ground_truth
         super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed)
 
 
@@ -359,12 +370,6 @@ def _read_json(path: Path, modified: int, size: int) -> dict:
         if not isinstance(category, dict) or not is_count(category.get("id")):
             raise InputError(f"annotation file {path} has a category without an id >= 0: {category}")
     return content
-
-
-def class_names(ground_truth: dict) -> dict[int, str]:
-    """Returns the class name of each category id (the id itself where there is no name), by ascending id."""
-    names = {category["id"]: str(category.get("name", category["id"])) for category in ground_truth["categories"]}
-    return dict(sorted(names.items()))
 
 
 def num_classes_of(ground_truth: dict, source: str | os.PathLike, num_classes: int | None = None) -> int:

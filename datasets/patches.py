@@ -27,12 +27,14 @@ def cut_patches(image: Tensor, boxes: Tensor, size: int) -> Tensor:
 
     Args:
         image: uint8 [3, H, W].
-        boxes: int64 [M, 4], x0, y0, x1, y1 in pixels, the right and lower ends exclusive.
+        boxes: int64 [M, 4], x0, y0, x1, y1 in pixels, the right and lower ends exclusive; M may be 0.
         size: side P of the patches in pixels.
 
     Returns:
         uint8 [M, 3, P, P]; a box of P×P pixels is copied exactly.
     """
+    if not len(boxes):
+        return image.new_zeros(0, 3, size, size)
     regions = [image[None, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes.tolist()]
     resized = [F.interpolate(region, size=(size, size), mode="bilinear", antialias=True) for region in regions]
     return torch.cat(resized).contiguous()

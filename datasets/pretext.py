@@ -1,6 +1,7 @@
 """The pretext of pre-training: unlabelled images, boxes in them to find, and the crops of these boxes.
 
-One data set class serves every pretext; a *proposer* says which boxes to find. UP-DETR's are random patches.
+One data set class serves every pretext; a `Pretext` says how an image is shown and which boxes of it are to be found.
+UP-DETR's are random patches (here), DETReg's are proposed regions (`datasets.regions`).
 """
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,8 +26,8 @@ from util.box_ops import box_xyxy_to_cxcywh
 from util.distributed import all_gather
 from util.errors import InputError
 
-__all__ = ["PRETRAIN_SIZES", "PretextDataset", "Proposer", "RandomPatches", "build", "is_held_out", "list_images",
-           "num_classes_and_names"]
+__all__ = ["PRETRAIN_MAX_SIZE", "PRETRAIN_SIZES", "PatchPretext", "Pretext", "PretextDataset", "RandomPatches", "View",
+           "build", "check_sizes", "choose_files", "is_held_out", "list_images", "num_classes_and_names", "open_image"]
 
 PRETRAIN_SIZES = tuple(range(320, 481, 16))
 PRETRAIN_MAX_SIZE = 600
@@ -34,15 +36,14 @@ PATCH_LABEL = 1
 # Images with a shorter side than this, in pixels, are icons and thumbnails: there is nothing in them to find.
 MIN_IMAGE_SIDE = 16
 UNREADABLE_SHARE = 0.01
-_USABLE, _UNREADABLE, _TOO_SMALL = 0, 1, 2
+_USABLE, _UNREADABLE, _UNSUITED = 0, 1, 2
 
 
 def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "PretextDataset":
     """Builds the random-patch pretext of `args`.
 
-    Reads `imagenet_path`, `imagenet_val_path`, `held_out_share`, `num_patches`, `min_patch`, `max_patch`, `patch_size`,
-    `pretrain_sizes`, `pretrain_max_size`, `seed`. Held-out images ("val") are those of `imagenet_val_path`, or the
-    share of `imagenet_path`, or, with neither, all of `imagenet_path`.
+    Reads `num_patches`, `min_patch`, `max_patch`, `patch_size`, `pretrain_sizes`, `pretrain_max_size`, `seed`, and what
+    `choose_files` reads.
 
     Args:
         image_set: "train" or "val".
@@ -52,11 +53,12 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Pr
     Raises:
         InputError: a folder is missing or has no images, or a flag makes no sense.
     """
-    root, files = _choose_files(image_set, args)
-    proposer = RandomPatches(args.num_patches, args.min_patch, args.max_patch)
-    return PretextDataset(
-        root, files, proposer, training=image_set == "train" and augment, sizes=args.pretrain_sizes or PRETRAIN_SIZES,
-        max_size=args.pretrain_max_size or PRETRAIN_MAX_SIZE, patch_size=args.patch_size, seed=args.seed)
+    root, files = choose_files(image_set, args)
+    sizes = args.pretrain_sizes or PRETRAIN_SIZES
+    training = image_set == "train" and augment
+    pretext = PatchPretext(RandomPatches(args.num_patches, args.min_patch, args.max_patch),
+                           sizes if training else [max(sizes)], args.pretrain_max_size or PRETRAIN_MAX_SIZE)
+    return PretextDataset(root, files, pretext, training=training, patch_size=args.patch_size, seed=args.seed)
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -112,13 +114,25 @@ def is_held_out(path: str, share: float) -> bool:
     return zlib.crc32(os.fsencode(path)) < share * 2**32
 
 
-def _choose_files(image_set: str, args: argparse.Namespace) -> tuple[str, list[str]]:
-    """Returns the top folder and the relative paths of the images of an image set."""
+def choose_files(image_set: str, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Chooses the images of an image set.
+
+    Held-out images ("val") are those of `imagenet_val_path`, or the share `held_out_share` of `imagenet_path`, or, with
+    neither, all of `imagenet_path`. Of the folders of `imagenet_path`, `class_list` may name those that count.
+
+    Returns:
+        The top folder, and the paths of the images relative to it.
+
+    Raises:
+        InputError: a folder is missing or has no images, or a flag makes no sense.
+    """
     if not args.imagenet_path:
         raise InputError("--imagenet_path is needed: a folder tree of images")
     if image_set == "val" and args.imagenet_val_path:
         return args.imagenet_val_path, list_images(args.imagenet_val_path)
     files = list_images(args.imagenet_path)
+    if args.class_list:
+        files = keep_classes(files, args.class_list, args.imagenet_path)
     share = args.held_out_share or 0.0
     if not 0 <= share < 1:
         raise InputError(f"--held_out_share {share} is not in 0..1")
@@ -131,20 +145,121 @@ def _choose_files(image_set: str, args: argparse.Namespace) -> tuple[str, list[s
     return args.imagenet_path, files
 
 
-class Proposer(Protocol):
-    """Says which boxes of an image are to be found."""
+def keep_classes(files: Sequence[str], class_list: str | os.PathLike, root: str | os.PathLike) -> list[str]:
+    """Keeps the images that lie, at any depth, in folders which a list names, such as ImageNet100's.
 
-    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor | None:
-        """Proposes boxes.
+    Args:
+        files: paths relative to `root`.
+        class_list: text file whose lines begin with the name of a folder (ImageNet's are WordNet ids, "n01440764");
+            what follows a blank, empty lines and lines that begin with "#" don't count.
+        root: for messages.
+
+    Raises:
+        InputError: the file is missing, or it is empty, or it names a folder without images.
+    """
+    try:
+        lines = [line.split() for line in Path(class_list).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--class_list {class_list} can't be read ({error})") from error
+    names = {words[0] for words in lines if words and not words[0].startswith("#")}
+    if not names:
+        raise InputError(f"--class_list {class_list} names no classes")
+    kept, found = [], set()
+    for path in files:
+        mine = names.intersection(path.split("/")[:-1])
+        if mine:
+            kept.append(path)
+            found |= mine
+    if found != names:
+        raise InputError(f"--class_list {class_list}: {len(names - found)} of its {len(names)} classes have no images "
+                         f"in {root}, the first is {min(names - found)}")
+    return kept
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as a sample shows it.
+
+    Attributes:
+        image: uint8 [3, H, W].
+        orig_size: (height, width) of the image file.
+        boxes: [M, 4], x0, y0, x1, y1 in pixels of `image`, the ends exclusive.
+    """
+
+    image: Tensor
+    orig_size: tuple[int, int]
+    boxes: Tensor
+
+
+class Pretext(Protocol):
+    """Says how an image is shown and which boxes of it are to be found.
+
+    Attributes:
+        patches_are_given: True if the model is given the patches and says where they are (UP-DETR); False if it is to
+            find the boxes by itself and to predict what is in them (DETReg).
+    """
+
+    patches_are_given: bool
+
+    def view(self, path: Path, index: int, rng: np.random.Generator) -> View | None:
+        """Shows an image.
 
         Args:
-            image: uint8 [3, H, W].
+            path: image file.
+            index: its index in the data set.
             rng: random source of the sample.
 
         Returns:
-            int64 [M, 4], x0, y0, x1, y1 in pixels of `image`, the ends exclusive; None if the image does not suit, and
-            another is to take its place.
+            What to show; None if the image does not suit, and another is to take its place.
+
+        Raises:
+            UnreadableImage: the file is missing or cannot be decoded.
         """
+
+
+def open_image(path: Path, short_side: int) -> tuple[Tensor, tuple[int, int]] | None:
+    """`read_image`, or None for an image in which there is nothing to find."""
+    image, orig_size = read_image(path, short_side)
+    return (image, orig_size) if min(orig_size) >= MIN_IMAGE_SIDE else None
+
+
+class PatchPretext:
+    """UP-DETR's pretext: the image resized, and random patches of it, which the model is given.
+
+    Args:
+        propose: draws the boxes.
+        sizes: short sides to draw from, in pixels.
+        max_size: largest long side in pixels.
+
+    Raises:
+        InputError: a size is too small.
+    """
+
+    patches_are_given = True
+
+    def __init__(self, propose: "RandomPatches", sizes: Sequence[int] = PRETRAIN_SIZES,
+                 max_size: int = PRETRAIN_MAX_SIZE) -> None:
+        check_sizes(sizes)
+        self.propose = propose
+        self.sizes = list(sizes)
+        self.max_size = max_size
+
+    def view(self, path: Path, index: int, rng: np.random.Generator) -> View | None:
+        """Shows an image, see `Pretext`."""
+        short_side = self.sizes[rng.integers(len(self.sizes))]
+        opened = open_image(path, short_side)
+        if opened is None:
+            return None
+        image, orig_size = opened
+        image = T.resize_to(image, T.resized_size(*orig_size, short_side, self.max_size))
+        boxes = self.propose(image, rng)
+        return None if boxes is None else View(image, orig_size, boxes)
+
+
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raises InputError if a short side is so small that nothing can be found."""
+    if min(sizes) < MIN_IMAGE_SIDE:
+        raise InputError(f"--pretrain_sizes {min(sizes)} must be at least {MIN_IMAGE_SIDE}")
 
 
 class RandomPatches:
@@ -169,7 +284,11 @@ class RandomPatches:
         self.max_side = max_side
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor | None:
-        """Draws boxes, see `Proposer`; None for an image too small for them."""
+        """Draws boxes of an image, uint8 [3, H, W].
+
+        Returns:
+            int64 [M, 4], x0, y0, x1, y1 in pixels, the ends exclusive; None for an image too small for them.
+        """
         lengths = np.array([image.shape[-1], image.shape[-2]])
         largest = lengths - self.min_side
         if self.max_side is not None:
@@ -182,57 +301,52 @@ class RandomPatches:
 
 
 class PretextDataset(Dataset):
-    """Images of a folder tree, with boxes to find and their patches, as (image, patches, target).
+    """Images of a folder tree, with boxes to find and their patches.
 
-    The image is resized first; boxes lie on its pixels and the patches are cut from it, so that a patch shows what the
-    model can see in the image. In training, patches are augmented and sample i is a function of (seed, epoch, i). In
-    evaluation nothing is random but the boxes, which depend on (seed, i) alone, and the target also holds
-    `control_patches`: patches of another image, which a model must not find.
+    Boxes lie on the image as it is shown and the patches are cut from it, so that a patch shows what the model can see
+    in the image. In training, sample i is a function of (seed, epoch, i); in evaluation of (seed, i) alone.
+
+    Where the model is given the patches, samples are (image, patches, target). In training the patches are augmented;
+    in evaluation they are not, and the target also holds `control_patches`: patches of another image, which a model
+    must not find. Otherwise samples are (image, target), as those of labelled data sets, and the target holds the
+    `patches`.
 
     Files that cannot be read are reported once each on standard error, and the next usable image takes their place, as
-    it does, silently, for images that are too small.
+    it does, silently, for images that do not suit.
 
     Args:
         root: top folder.
         files: paths relative to it.
-        proposer: says which boxes to find.
+        pretext: says how images are shown and which boxes are to be found.
         training: whether this is for training or for evaluation.
-        sizes: short sides to draw from, in pixels; evaluation takes the largest.
-        max_size: largest long side in pixels.
         patch_size: side P to which patches are resized, in pixels.
         seed: seed of the run.
 
     Raises:
-        InputError: there are too few images (none; for evaluation one), or a size is too small.
+        InputError: there are too few images (none; one, where evaluation needs another), or the patches are too small.
     """
 
     def __init__(
         self,
         root: str | os.PathLike,
         files: Sequence[str],
-        proposer: Proposer,
+        pretext: Pretext,
         *,
         training: bool,
-        sizes: Sequence[int] = PRETRAIN_SIZES,
-        max_size: int = PRETRAIN_MAX_SIZE,
         patch_size: int = 128,
         seed: int = 0,
     ) -> None:
         if not files:
             raise InputError(f"image folder {root} has no images")
-        if not training and len(files) < 2:
+        if not training and pretext.patches_are_given and len(files) < 2:
             raise InputError(f"evaluation of a pre-trained model compares with patches of another image, so needs two "
                              f"images at least, but {root} has one")
         if patch_size < 2:
             raise InputError(f"--patch_size {patch_size} must be at least 2")
-        if min(sizes) < MIN_IMAGE_SIDE:
-            raise InputError(f"--pretrain_sizes {min(sizes)} must be at least {MIN_IMAGE_SIDE}")
         self.root = Path(root)
         self.files = _PathTable(files)
-        self.proposer = proposer
+        self.pretext = pretext
         self.training = training
-        self.sizes = list(sizes) if training else [max(sizes)]
-        self.max_size = max_size
         self.patch_size = patch_size
         self.seed = seed
         self.augmentation = PatchAugmentation()
@@ -252,7 +366,7 @@ class PretextDataset(Dataset):
         """
         if count > len(self.files):
             raise InputError(f"--overfit {count} is more than the {len(self.files)} images of {self.root}")
-        if count < 2:
+        if count < 2 and self.pretext.patches_are_given:
             raise InputError(f"--overfit {count}: a pre-training needs two images at least, since it is evaluated with "
                              "patches of another image")
         self.files = _PathTable(self.files[index] for index in range(count))
@@ -264,9 +378,9 @@ class PretextDataset(Dataset):
         return [self.files[index] for index in self._indices(_UNREADABLE)]
 
     @property
-    def too_small(self) -> list[str]:
-        """Relative paths of the images passed over so far because they are too small."""
-        return [self.files[index] for index in self._indices(_TOO_SMALL)]
+    def unsuited(self) -> list[str]:
+        """Relative paths of the images passed over so far because they are too small, or show nothing."""
+        return [self.files[index] for index in self._indices(_UNSUITED)]
 
     def gather_unreadable(self) -> list[str]:
         """Returns `unreadable` over all processes, each of which must call this.
@@ -284,55 +398,57 @@ class PretextDataset(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns one sample.
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor]]:
+        """Returns one sample: (image, patches, target), or (image, target) where the model is not given the patches.
 
         Returns:
             image: float32 [3, H, W], normalised.
             patches: float32 [M, 3, P, P], normalised.
             target: `image_id` [1] (index of the image shown), `labels` int64 [M] (all 1), `boxes` [M, 4] (cx, cy, w, h
                 in 0..1), `area` [M] in pixels of the image, `iscrowd` [M], `orig_size` and `size` [2] (height, width);
-                in evaluation `control_patches` float32 [M, 3, P, P].
+                the `patches` if they are not given to the model; else, in evaluation, `control_patches` float32
+                [M, 3, P, P].
 
         Raises:
             InputError: more than 1 % of the files (and more than one) cannot be read, or no image is usable.
         """
         count = len(self)
-        shown, image, orig_size, boxes, rng = self._first_usable((index + step) % count for step in range(count))
-        patches = cut_patches(image, boxes, self.patch_size)
-        target = _make_target(shown, image.shape[-2:], orig_size, boxes)
+        shown, view, rng = self._first_usable((index + step) % count for step in range(count))
+        patches = self._cut(view)
+        target = _make_target(shown, view)
+        if not self.pretext.patches_are_given:
+            target["patches"] = T.normalize_image(patches)
+            return T.normalize_image(view.image), target
         if self.training:
-            patches = augment_patches(patches, self.augmentation.draw(len(boxes), rng))
-            return T.normalize_image(image), normalize_patches(patches), target
+            patches = augment_patches(patches, self.augmentation.draw(len(patches), rng))
+            return T.normalize_image(view.image), normalize_patches(patches), target
         opposite = ((index + count // 2 + step) % count for step in range(count))
-        _, other, _, other_boxes, _ = self._first_usable(candidate for candidate in opposite if candidate != shown)
-        target["control_patches"] = T.normalize_image(cut_patches(other, other_boxes, self.patch_size))
-        return T.normalize_image(image), T.normalize_image(patches), target
+        _, other, _ = self._first_usable(candidate for candidate in opposite if candidate != shown)
+        target["control_patches"] = T.normalize_image(self._cut(other))
+        return T.normalize_image(view.image), T.normalize_image(patches), target
 
-    def _first_usable(
-        self, candidates: Iterable[int]
-    ) -> tuple[int, Tensor, tuple[int, int], Tensor, np.random.Generator]:
-        """Loads the first candidate that can be: its index, resized image, original size, boxes and random source."""
+    def _cut(self, view: View) -> Tensor:
+        """Cuts the patches of a view, uint8 [M, 3, P, P]; parts of a pixel count as the whole."""
+        boxes = torch.cat([view.boxes[:, :2].floor(), view.boxes[:, 2:].ceil()], dim=1).long()
+        return cut_patches(view.image, boxes, self.patch_size)
+
+    def _first_usable(self, candidates: Iterable[int]) -> tuple[int, View, np.random.Generator]:
+        """Loads the first candidate that can be shown: its index, how it is shown and its random source."""
         for index in candidates:
             if self._state[index] != _USABLE:
                 continue
             rng = T.sample_rng(self.seed, int(self._epoch) if self.training else 0, index)
-            short_side = self.sizes[rng.integers(len(self.sizes))]
             try:
-                image, orig_size = read_image(self.root / self.files[index], short_side)
+                view = self.pretext.view(self.root / self.files[index], index, rng)
             except UnreadableImage as error:
                 self._mark_unreadable(index, error)
                 continue
-            boxes = None
-            if min(orig_size) >= MIN_IMAGE_SIDE:
-                image = T.resize_to(image, T.resized_size(*orig_size, short_side, self.max_size))
-                boxes = self.proposer(image, rng)
-            if boxes is not None:
-                return index, image, orig_size, boxes, rng
-            self._state[index] = _TOO_SMALL
+            if view is not None:
+                return index, view, rng
+            self._state[index] = _UNSUITED
         raise InputError(
             f"image folder {self.root} has too few usable images: of {len(self)}, {len(self.unreadable)} cannot be "
-            f"read and {len(self.too_small)} are too small")
+            f"read and {len(self.unsuited)} are too small or show nothing")
 
     def _mark_unreadable(self, index: int, error: UnreadableImage) -> None:
         self._state[index] = _UNREADABLE
@@ -349,16 +465,16 @@ class PretextDataset(Dataset):
         return (self._state == state).nonzero()[:, 0]
 
 
-def _make_target(index: int, size: Sequence[int], orig_size: Sequence[int], boxes: Tensor) -> dict[str, Tensor]:
-    height, width = size
-    sides = boxes[:, 2:] - boxes[:, :2]
+def _make_target(index: int, view: View) -> dict[str, Tensor]:
+    height, width = view.image.shape[-2:]
+    boxes = view.boxes
     return {
         "image_id": torch.tensor([index]),
         "labels": torch.full((len(boxes),), PATCH_LABEL),
         "boxes": box_xyxy_to_cxcywh(boxes.float()) / torch.tensor([width, height, width, height]),
-        "area": sides.prod(1).float(),
+        "area": (boxes[:, 2:] - boxes[:, :2]).prod(1).float(),
         "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
-        "orig_size": torch.tensor(orig_size),
+        "orig_size": torch.tensor(view.orig_size),
         "size": torch.tensor([height, width]),
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets.checks import Fault, Problem, raise_first
 from datasets.coco import DetectionDataset, check_ground_truth, make_coco_transforms, transform_sizes
+from datasets.subsets import restriction
 from util.distributed import print_main
 from util.errors import InputError
 
@@ -59,7 +60,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Vo
     num_classes, names = num_classes_and_names(args)
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return VocDetection(devkit(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,
-                        remove_difficult=bool(args.remove_difficult) and image_set == "train")
+                        remove_difficult=bool(args.remove_difficult) and image_set == "train",
+                        restrict=restriction(image_set, args))
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -91,6 +93,7 @@ class VocDetection(DetectionDataset):
         seed: seed of the run.
         num_classes: number of classes of the model; None for the highest label + 1.
         remove_difficult: leave difficult objects out of the targets.
+        restrict: makes of the checked COCO dict the one to use, see `datasets.subsets`; None uses it all.
 
     Raises:
         InputError: names the file that is missing or wrong.
@@ -106,12 +109,14 @@ class VocDetection(DetectionDataset):
         seed: int = 0,
         num_classes: int | None = None,
         remove_difficult: bool = False,
+        restrict: Callable[[dict], dict] | None = None,
     ) -> None:
         root = Path(root)
         pictures = _read_pictures(root, image_set)
         raise_first(class_problems(pictures, names))
         ground_truth = as_coco(pictures, names)
         check_ground_truth(ground_truth, root, num_classes or max(names) + 1)
+        ground_truth = restrict(ground_truth) if restrict else ground_truth
         super().__init__(root, ground_truth, root, transforms, seed=seed, remove_difficult=remove_difficult)
 
 

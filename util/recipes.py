@@ -26,23 +26,30 @@ _DETR_LABELLED: Dict[str, Default] = {
     **_LABELLED, **_DETR, "epochs": 300, "lr_drop": 200, "lr_backbone": 1e-5, "eos_coef": 0.1, "masks": False,
     "mask_loss_coef": 1.0, "dice_loss_coef": 1.0, "mask_softmax": "joint",
 }
+_DEFORMABLE: Dict[str, Default] = {
+    "lr": 2e-4, "lr_backbone_names": ["backbone.0"], "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
+    "lr_linear_proj_mult": 0.1, "num_queries": 300, "dim_feedforward": 1024, "position_embedding_scale": _position_scale,
+    "num_feature_levels": 4, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": False, "two_stage": False,
+    "set_cost_class": 2.0, "cls_loss_coef": 2.0, "focal_alpha": 0.25,
+}
 _DEFORMABLE_LABELLED: Dict[str, Default] = {
-    **_LABELLED, "epochs": 50, "lr_drop": 40, "lr": 2e-4, "lr_backbone": 2e-5, "lr_backbone_names": ["backbone.0"],
-    "lr_linear_proj_names": ["reference_points", "sampling_offsets"], "lr_linear_proj_mult": 0.1, "num_queries": 300,
-    "dim_feedforward": 1024, "position_embedding_scale": _position_scale, "num_feature_levels": 4, "enc_n_points": 4,
-    "dec_n_points": 4, "with_box_refine": False, "two_stage": False, "set_cost_class": 2.0, "cls_loss_coef": 2.0,
-    "focal_alpha": 0.25,
+    **_LABELLED, **_DEFORMABLE, "epochs": 50, "lr_drop": 40, "lr_backbone": 2e-5,
+}
+_SUBSETS: Dict[str, Default] = {"filter_pct": -1.0, "filter_num": -1.0, "filter_seed": 0, "shots_of": "boxes"}
+_REGIONS: Dict[str, Default] = {
+    "lr_drop": 40, "num_workers": 16, "load_backbone": "swav", "lr_backbone": 0.0, "strategy": "topk", "max_prop": 30,
+    "patch_size": 128,
 }
 
 # By --model and --dataset_file: the defaults of flags that were not given. A function computes its value from the other
-# flags. Values: the published programs of DETR, UP-DETR and Deformable DETR; no-match weight M/N: UP-DETR, sec. 4.1.
+# flags. Values: the published programs of DETR, UP-DETR, Deformable DETR and DETReg; no-match weight M/N: UP-DETR, sec. 4.1.
 RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
-    ("detr", "coco"): _DETR_LABELLED,
+    ("detr", "coco"): {**_DETR_LABELLED, **_SUBSETS},
     ("detr", "coco_panoptic"): _DETR_LABELLED,
-    ("detr", "voc"): _DETR_LABELLED,
-    ("deformable_detr", "coco"): _DEFORMABLE_LABELLED,
+    ("detr", "voc"): {**_DETR_LABELLED, **_SUBSETS},
+    ("deformable_detr", "coco"): {**_DEFORMABLE_LABELLED, **_SUBSETS},
     ("deformable_detr", "coco_panoptic"): _DEFORMABLE_LABELLED,
-    ("deformable_detr", "voc"): _DEFORMABLE_LABELLED,
+    ("deformable_detr", "voc"): {**_DEFORMABLE_LABELLED, **_SUBSETS},
     ("detr", "imagenet"): {
         **_DETR, "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
         "num_patches": 10, "feature_recon": False, "query_shuffle": False, "fre_cnn": False, "match_within_group": False,
@@ -50,24 +57,32 @@ RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
         "lr_backbone": lambda args: 0.0 if args.fre_cnn else args.lr,
         "eos_coef": lambda args: args.num_patches / args.num_queries,
     },
+    ("detr", "regions"): {**_DETR, **_REGIONS, "epochs": 60, "eos_coef": 0.1},
+    ("deformable_detr", "regions"): {**_DEFORMABLE, **_REGIONS, "epochs": 50},
 }
 MODELS = {"detr": "DETR", "deformable_detr": "Deformable DETR"}
 DATASETS = {"coco": "COCO-format data", "coco_panoptic": "COCO-format panoptic data", "voc": "Pascal VOC",
-            "imagenet": "images without labels"}
+            "imagenet": "images without labels", "regions": "regions of images without labels"}
+TITLES = {"imagenet": "UP-DETR pre-training", "regions": "DETReg pre-training of {model}"}
 
 # Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
 FLAGS_OF = {
     "coco_path": ("coco", "coco_panoptic"), "coco_panoptic_path": ("coco_panoptic",), "voc_path": ("voc",),
-    "remove_difficult": ("voc",), "num_classes": ("coco", "coco_panoptic", "voc"),
+    "remove_difficult": ("voc",), "num_classes": ("coco", "coco_panoptic", "voc", "regions"),
+    **{name: ("coco", "voc") for name in (
+        "filter_pct", "filter_num", "filter_file", "filter_seed", "shots", "shots_of", "class_split", "class_part")},
     **{name: ("coco", "coco_panoptic") for name in (
         "masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")},
     **{name: ("coco", "coco_panoptic") for name in (
         "train_images", "train_annotations", "val_images", "val_annotations")},
     **{name: ("imagenet",) for name in (
-        "imagenet_path", "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
-        "match_within_group", "patch_size", "min_patch", "max_patch", "pretrain_sizes", "pretrain_max_size")},
-    **{name: ("coco", "coco_panoptic", "voc") for name in (
-        "train_sizes", "val_size", "max_size", "crop_resize", "crop_size")},
+        "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
+        "match_within_group", "min_patch", "max_patch")},
+    **{name: ("imagenet", "regions") for name in (
+        "imagenet_path", "class_list", "patch_size", "pretrain_sizes", "pretrain_max_size")},
+    **{name: ("regions",) for name in ("strategy", "max_prop", "cache_path")},
+    **{name: ("coco", "coco_panoptic", "voc") for name in ("train_sizes", "val_size", "max_size")},
+    **{name: ("coco", "coco_panoptic", "voc", "regions") for name in ("crop_resize", "crop_size")},
 }
 # The same for flags that mean something for one model only.
 MODEL_OF = {
@@ -77,9 +92,15 @@ MODEL_OF = {
         "lr_linear_proj_names", "lr_linear_proj_mult")},
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points")
+                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop", "shots")
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
-REQUIRED_PATHS = {"coco": ("coco_path",), "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
+# Flags of which one at most can decide what is trained on, and flags that mean nothing without another.
+CHOICES = ("filter_pct", "filter_num", "filter_file", "shots")
+NEEDS = {"filter_seed": ("filter_pct", "filter_num", "shots"), "shots_of": ("shots",), "class_part": ("class_split",),
+         "class_split": ("class_part",)}
+# A path that suits several trainings means the last of them; --dataset_file names another.
+REQUIRED_PATHS = {"regions": ("imagenet_path",), "coco": ("coco_path",),
+                  "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
                   "imagenet": ("imagenet_path",)}
 
 
@@ -156,6 +177,17 @@ def _check_values(args: argparse.Namespace) -> None:
         raise InputError(f"--lr_drop {args.lr_drop} has no effect with --lr_drop_epochs")
     if args.lr_drop_epochs and min(args.lr_drop_epochs) < 1:
         raise InputError(f"--lr_drop_epochs {min(args.lr_drop_epochs)} must be at least 1")
+    given = [name for name in CHOICES if getattr(args, name) not in (None, -1)]
+    if len(given) > 1:
+        raise InputError(f"--{given[1]} has no effect with --{given[0]}, which says what to train on")
+    for name, others in NEEDS.items():
+        if getattr(args, name) is not None and all(getattr(args, other) in (None, -1) for other in others):
+            raise InputError(f"--{name} has no effect without --{' or --'.join(others)}")
+    if args.filter_seed is not None and not 0 <= args.filter_seed < 2**32:
+        raise InputError(f"--filter_seed {args.filter_seed} is not within 0 and {2**32 - 1}")
+    if args.dataset_file == "regions" and (args.eval or args.overfit):
+        raise InputError(f"--{'eval' if args.eval else 'overfit'} has no effect with --dataset_file regions: there is "
+                         "nothing to evaluate on")
     if args.fre_cnn and args.lr_backbone:
         raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
 
@@ -173,5 +205,6 @@ def require_data(args: argparse.Namespace) -> None:
 def describe(args: argparse.Namespace) -> str:
     """The training's name and all flags with their resolved values, for the start of the log."""
     flags = "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if name != "resolved")
-    training = f"{MODELS[args.model]} on {DATASETS[args.dataset_file]}"
-    return f"{'UP-DETR pre-training' if args.dataset_file == 'imagenet' else training}\n{flags}"
+    training = TITLES.get(args.dataset_file, "{model} on {data}").format(model=MODELS[args.model],
+                                                                        data=DATASETS[args.dataset_file])
+    return f"{training}\n{flags}"

@@ -69,6 +69,9 @@ def _data(purpose: str, args: argparse.Namespace, class_names: Dict[int, str], n
     lines = [text]
     if args.dataset_file == "imagenet":
         lines.append(f"patches in an image: {args.num_patches}, for each {args.num_queries // args.num_patches} queries")
+    if args.dataset_file == "regions":
+        lines.append(f"regions in an image: {args.max_prop} at most, chosen by --strategy {args.strategy}, from "
+                     + (f"--cache_path {args.cache_path}" if args.cache_path else "selective search on the spot"))
     if objects is None or not len(objects):
         return lines
     most, queries = int(objects.max()), args.num_queries

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from datasets import build_dataset, num_classes_and_names
 from datasets import transforms as T
 from datasets.patches import PatchAugmentation, PatchParameters, augment_patches, cut_patches, normalize_patches
-from datasets.pretext import PretextDataset, RandomPatches, is_held_out, list_images
+from datasets.pretext import PatchPretext, PretextDataset, RandomPatches, is_held_out, list_images
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import InputError
 from util.misc import collate_fn
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 def arguments(root, **changes):
     values = dict(dataset_file="imagenet", imagenet_path=str(root), imagenet_val_path=None, held_out_share=0.0,
-                  num_patches=4, min_patch=8, max_patch=None, patch_size=24, pretrain_sizes=[32, 40],
+                  class_list=None, num_patches=4, min_patch=8, max_patch=None, patch_size=24, pretrain_sizes=[32, 40],
                   pretrain_max_size=60, seed=0)
     return argparse.Namespace(**{**values, **changes})
 
@@ -275,11 +275,11 @@ def test_one_in_a_hundred_may_be_unreadable(tmp_path):
     write_image(tmp_path / "good.png")
     for number in range(2):
         (tmp_path / f"bad{number}.png").write_bytes(b"")
-    proposer = RandomPatches(2)
+    pretext = PatchPretext(RandomPatches(2), [32])
     files = [f"bad{number}.png" for number in range(2)] + ["good.png"]
-    small = PretextDataset(tmp_path, files + ["good.png"] * 197, proposer, training=True, sizes=[32], patch_size=8)
+    small = PretextDataset(tmp_path, files + ["good.png"] * 197, pretext, training=True, patch_size=8)
     assert small[0][2]["image_id"].tolist() == [2] and len(small.unreadable) == 2   # 2 of 200 are not more than 1 %
-    smaller = PretextDataset(tmp_path, files + ["good.png"] * 196, proposer, training=True, sizes=[32], patch_size=8)
+    smaller = PretextDataset(tmp_path, files + ["good.png"] * 196, pretext, training=True, patch_size=8)
     with pytest.raises(InputError, match="2 of the 199 images"):
         smaller[0]
 
@@ -290,13 +290,13 @@ def test_small_images_are_passed_over(folder):
     dataset = build_dataset("train", arguments(folder))
     assert dataset[0][2]["image_id"].tolist() == [1]   # "n0/2.png"
     dataset[3]
-    assert dataset.too_small == ["n0/0.png", "n1/1.png"] and dataset.unreadable == []
+    assert dataset.unsuited == ["n0/0.png", "n1/1.png"] and dataset.unreadable == []
 
 
 def test_a_folder_without_any_usable_image_is_refused(tmp_path):
     for number in range(3):
         write_image(tmp_path / f"{number}.png", (10, 10))
-    with pytest.raises(InputError, match="too few usable images: of 3, 0 cannot be read and 3 are too small"):
+    with pytest.raises(InputError, match="usable images: of 3, 0 cannot be read and 3 are too small or show nothing"):
         build_dataset("train", arguments(tmp_path))[0]
 
 

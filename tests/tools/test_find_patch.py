@@ -8,7 +8,7 @@ import torch
 from commands import run
 from PIL import Image
 
-from datasets.pretext import PretextDataset, RandomPatches
+from datasets.pretext import PatchPretext, PretextDataset, RandomPatches
 from engine import most_confident_boxes
 from tools import find_patch
 from tools.loading import PRETRAINED, load_model
@@ -32,8 +32,8 @@ def iou(one: List[float], other: List[float]) -> float:
 def test_finds_what_evaluation_finds(pretrained: Path, photos: Path) -> None:
     """Evaluation's way: data set, collate, model, the most confident query."""
     loaded = load_model(str(pretrained), PRETRAINED, "cpu")
-    dataset = PretextDataset(photos, ["wide.jpg", "below/tall.png"], RandomPatches(3), training=False, sizes=[48, 64],
-                             max_size=96, patch_size=32)
+    dataset = PretextDataset(photos, ["wide.jpg", "below/tall.png"], PatchPretext(RandomPatches(3), [64], 96),
+                             training=False, patch_size=32)
     samples, patches, targets = collate_fn([dataset[0]])
     with torch.no_grad():
         expected, confidence = most_confident_boxes(loaded.model(samples, patches), 3)

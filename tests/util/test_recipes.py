@@ -102,14 +102,16 @@ def test_resolving_twice_changes_nothing(flags):
 @pytest.mark.parametrize("dataset, flags, message", [
     ("coco", ("--num_patches", 5), "--num_patches has no effect with --dataset_file coco; it belongs to imagenet"),
     ("coco", ("--feature_recon",), "--feature_recon has no effect with --dataset_file coco; it belongs to imagenet"),
-    ("voc", ("--imagenet_path", "x"), "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet"),
+    ("voc", ("--imagenet_path", "x"),
+     "--imagenet_path has no effect with --dataset_file voc; it belongs to imagenet and regions"),
     ("coco", ("--remove_difficult",), "--remove_difficult has no effect with --dataset_file coco; it belongs to voc"),
     ("voc", ("--train_images", "x"),
      "--train_images has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
     ("imagenet", ("--coco_path", "x"), "--coco_path has no effect with --dataset_file imagenet; it belongs to coco and "
      "coco_panoptic"),
     ("imagenet", ("--num_classes", 3),
-     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc"),
+     "--num_classes has no effect with --dataset_file imagenet; it belongs to coco and coco_panoptic and voc and "
+     "regions"),
     ("coco", ("--coco_panoptic_path", "x"),
      "--coco_panoptic_path has no effect with --dataset_file coco; it belongs to coco_panoptic"),
     ("voc", ("--masks",), "--masks has no effect with --dataset_file voc; it belongs to coco and coco_panoptic"),
@@ -118,6 +120,45 @@ def test_resolving_twice_changes_nothing(flags):
 def test_a_flag_of_another_training_is_refused(dataset, flags, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         resolved("--dataset_file", dataset, *flags)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--filter_pct", 1, "--filter_num", 5),
+     "--filter_num has no effect with --filter_pct, which says what to train on"),
+    (("--filter_file", "x", "--shots", 5), "--shots has no effect with --filter_file, which says what to train on"),
+    (("--filter_seed", 1), "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
+    (("--filter_seed", -1, "--shots", 1), "--filter_seed -1 is not within 0 and 4294967295"),
+    (("--filter_seed", 1, "--filter_pct", -1),
+     "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
+    (("--shots_of", "images"), "--shots_of has no effect without --shots"),
+    (("--class_split", "x"), "--class_split has no effect without --class_part"),
+    (("--class_part", "base"), "--class_part has no effect without --class_split"),
+    (("--shots", 0), "--shots 0 must be at least 1"),
+    (("--dataset_file", "coco_panoptic", "--filter_pct", 1),
+     "--filter_pct has no effect with --dataset_file coco_panoptic; it belongs to coco and voc"),
+    (("--imagenet_path", "x", "--strategy", "topk"),
+     "--strategy has no effect with --dataset_file imagenet; it belongs to regions"),
+    (("--dataset_file", "regions", "--num_patches", 10),
+     "--num_patches has no effect with --dataset_file regions; it belongs to imagenet"),
+    (("--dataset_file", "regions", "--max_prop", 0), "--max_prop 0 must be at least 1"),
+    (("--dataset_file", "regions", "--eval"),
+     "--eval has no effect with --dataset_file regions: there is nothing to evaluate on"),
+    (("--dataset_file", "regions", "--overfit", 2),
+     "--overfit has no effect with --dataset_file regions: there is nothing to evaluate on")])
+def test_flags_of_regions_and_subsets_that_mean_nothing(flags, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        resolved(*flags)
+
+
+def test_flags_of_regions_and_subsets():
+    args = resolved("--dataset_file", "regions", "--imagenet_path", "images")
+    assert (args.strategy, args.max_prop, args.cache_path, args.patch_size) == ("topk", 30, None, 128)
+    assert args.lr_backbone == 0
+    recipes.require_data(args)
+    for name in ("coco", "voc"):
+        args = resolved("--dataset_file", name)
+        assert (args.filter_pct, args.filter_num, args.filter_seed, args.shots_of) == (-1, -1, 0, "boxes")
+        assert resolved("--dataset_file", name, "--filter_pct", -1).filter_pct == -1
 
 
 @pytest.mark.parametrize("flags", [("--frozen_weights", "x.pth"), ("--mask_loss_coef", 1), ("--dice_loss_coef", 2),
@@ -170,7 +211,8 @@ def test_every_flag_left_open_has_a_default_somewhere():
     itself = {"amp", "num_classes", "dataset_file", "coco_path", "coco_panoptic_path", "voc_path", "imagenet_path",
               "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "local_rank", "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model", "lr_drop_epochs"}
+              "class_list", "cache_path", "filter_file", "shots", "class_split", "class_part", "local_rank",
+              "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model", "lr_drop_epochs"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -246,7 +288,10 @@ OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--load_backbone"
        "--match_within_group", "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
        "--crop_size", "--val_size", "--max_size", "--eval_every", "--mask_softmax", "--local_rank", "--local-rank",
-       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard", "--model"}
+       "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard", "--model",
+       "--class_list", "--filter_file", "--filter_seed", "--shots", "--shots_of", "--class_split", "--class_part"}
+# Of DETReg's program, whose other flags come with its model.
+DETREG = {"--strategy", "--max_prop", "--cache_path", "--filter_pct", "--filter_num"}
 # A flag of the originals that this program doesn't have.
 ABSENT = {"--cache_mode"}
 # Flags that an original accepts in a training where they do nothing; here they are refused there.
@@ -263,7 +308,7 @@ def own_flags():
 
 def test_no_flag_came_or_went(original_flags):
     originals = {flag for program in original_flags.values() for flag in program}
-    assert set(own_flags()) == (originals - ABSENT) | OWN
+    assert set(own_flags()) == (originals - ABSENT) | OWN | DETREG
 
 
 @pytest.mark.parametrize("program", RECIPE_FLAGS)
