@@ -162,9 +162,9 @@ def _next_parts(state: Dict[str, Tensor], prefix: str) -> Set[str]:
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str,
-                         default_device: Optional[str] = None) -> None:
+                         default_device: Optional[str] = None, required: bool = True) -> None:
     """The flags that every program which loads a model has; give `given_flags` of them to `load_model`."""
-    parser.add_argument("--checkpoint", required=True, metavar="FILE_OR_URL", help=checkpoint_help)
+    parser.add_argument("--checkpoint", required=required, metavar="FILE_OR_URL", help=checkpoint_help)
     parser.add_argument("--device", default=default_device, help=f"({default_device or 'cuda if there is one, else cpu'})")
     group = parser.add_argument_group("for checkpoints that hold weights without flags")
     group.add_argument("--nheads", type=int, help="attention heads (8)")
