@@ -1,9 +1,10 @@
-"""Train and evaluate DETR, Deformable DETR and UP-DETR. Which of them is a matter of data set and flags; see README.md."""
+"""Train and evaluate DETR, Deformable DETR, UP-DETR and DETReg. Which of them is a matter of data set and flags; see README.md."""
 import argparse
 import datetime
 import functools
 import inspect
 import resource
+import secrets
 import time
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -17,9 +18,11 @@ from datasets.pretext import PretextDataset
 from datasets.regions import STRATEGIES
 from engine import evaluate, evaluate_patches, train_one_epoch
 from models import build_model
+from models.detreg import HEADS
 from util import recipes
-from util.checkpoint import load_checkpoint, load_model_strictly, load_pretrained, model_state, num_outputs
-from util.distributed import get_rank, get_world_size, init_distributed_mode, is_main_process, print_main, shutdown
+from util.checkpoint import (counts_from_centre, load_checkpoint, load_model_strictly, load_pretrained, model_state,
+                             num_outputs)
+from util.distributed import all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, print_main, shutdown
 from util.errors import InputError, run_program
 from util.misc import collate_fn
 from util.progress import Progress
@@ -32,19 +35,19 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags. A default of None is filled in by `util.recipes`, which knows what each training's published program used."""
-    parser = argparse.ArgumentParser("DETR and UP-DETR", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("DETR, UP-DETR and DETReg", add_help=False, allow_abbrev=False)
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="1e-4; Deformable DETR: 2e-4")
     group.add_argument("--lr_backbone", type=float,
-                       help="0 freezes the backbone (1e-5; Deformable DETR: 2e-5; pre-training: as --lr)")
+                       help="0 freezes the backbone (1e-5; Deformable DETR: 2e-5; UP-DETR pre-training: as --lr; DETReg's: 0)")
     group.add_argument("--lr_backbone_names", nargs="+", type=str,
                        help="parameters whose names contain one of these learn at --lr_backbone")
     group.add_argument("--lr_linear_proj_names", nargs="+", type=str,
                        help="Deformable DETR: parameters that learn at --lr times --lr_linear_proj_mult "
                             "(reference_points sampling_offsets)")
     group.add_argument("--lr_linear_proj_mult", type=float, help="0.1")
-    group.add_argument("--batch_size", default=2, type=int, help="images per process")
+    group.add_argument("--batch_size", type=int, help="images per process (2; DETReg pre-training: 4)")
     group.add_argument("--weight_decay", default=1e-4, type=float)
     group.add_argument("--epochs", type=int, help="300; Deformable DETR: 50; pre-training: 60")
     group.add_argument("--lr_drop", type=int,
@@ -57,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--amp", choices=sorted(AMP_TYPES), help="mixed precision; matching and losses stay in float32")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=tuple(recipes.MODELS), help="detr")
+    group.add_argument("--model", choices=tuple(recipes.MODELS), help="detr (DETReg pre-training: deformable_detr)")
     group.add_argument("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
     group.add_argument("--backbone_last_layer", default="layer4", choices=("layer3", "layer4"),
                        help="layer3 cuts the ResNet there: stride 16, for small images")
@@ -65,6 +68,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--dilation", action="store_true", help="dilate layer4 instead of striding it (DC5)")
     group.add_argument("--position_embedding", default="sine", choices=("sine", "learned"))
     group.add_argument("--position_embedding_scale", type=float, help="range of sine's positions (2π)")
+    group.add_argument("--position_from_centre", action="store_true", default=None,
+                       help="DETR: sine's positions count to a pixel's centre, as in DETReg's DETR (as in the checkpoint that "
+                            "the run starts from)")
     group.add_argument("--enc_layers", default=6, type=int)
     group.add_argument("--dec_layers", default=6, type=int)
     group.add_argument("--dim_feedforward", type=int, help="2048; Deformable DETR: 1024")
@@ -103,6 +109,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_prop", type=int, help="most regions to find in an image (30)")
     group.add_argument("--cache_path", help="--imagenet_path's proposals by tools.cache_proposals (made on the spot)")
 
+    group.add_argument("--object_embedding_loss", action="store_true", default=None,
+                       help="also predict embeddings of what is in the regions")
+    group.add_argument("--obj_embedding_head", choices=HEADS,
+                       help="embeddings: a ResNet's pooled intermediate map, or SwAV's projection head (intermediate)")
+    group.add_argument("--object_embedding_coef", type=float, help="weight of their loss (1)")
+    group.add_argument("--load_embedding",
+                       help="weights of the frozen ResNet that makes them: swav, supervised, none, a file or a URL (as "
+                            "--load_backbone); of a ResNet-50 for swav, else of a --backbone")
+
     group = parser.add_argument_group("loss and matching")
     group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses of earlier decoder layers")
     group.add_argument("--set_cost_class", type=float, help="1; Deformable DETR: 2")
@@ -126,6 +141,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_file", choices=tuple(recipes.DATASETS), help="by default what the given path says")
+    group.add_argument("--dataset", choices=tuple(recipes.LAYOUT),
+                       help="DETReg's names of what to train on, in folders of --data_root; instead of --dataset_file and a path")
+    group.add_argument("--data_root", help="folder with ilsvrc/, ilsvrc100/, MSCoco/, pascal/VOCdevkit/ (data)")
     group.add_argument("--coco_path", help="folder with train2017/, val2017/ and annotations/")
     group.add_argument("--coco_panoptic_path",
                        help="folder with panoptic_train2017/, panoptic_val2017/ and annotations/")
@@ -161,13 +179,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--output_dir", default="", help="folder for checkpoints and log.txt; empty writes nothing")
     group.add_argument("--device", help="cuda if there is one, else cpu")
     group.add_argument("--seed", default=42, type=int)
+    group.add_argument("--random_seed", action="store_true", help="draw the seed")
     group.add_argument("--resume", default="", help="checkpoint (file or URL) to continue or evaluate; auto: --output_dir's")
     group.add_argument("--pretrain", default="", help="checkpoint (file or URL) whose weights to start from")
+    group.add_argument("--reset_embedding_layer", default=1, type=int, choices=(0, 1),
+                       help="0: with --pretrain, keep the class heads of a DETReg pre-training where they fit (1)")
     group.add_argument("--start_epoch", default=0, type=int)
     group.add_argument("--eval", action="store_true", help="evaluate only")
     group.add_argument("--overfit", type=int, metavar="N",
                        help="prove a set-up: train and evaluate on the first N training images, without augmentation")
     group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations")
+    group.add_argument("--save_every", default=1, type=int, help="epochs between checkpoints; the last epoch has one")
     group.add_argument("--tensorboard", action="store_true", help="also write losses and results for TensorBoard")
     group.add_argument("--world_size", default=1, type=int, help="number of processes; set by the launcher")
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
@@ -284,7 +306,10 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
             # redoes their epochs; so checkpoint.pth comes last.
             if is_main_process():
                 append_log(args.output_dir, line)
-            state.save(args, epoch, [*files, "checkpoint.pth"])
+            if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+                files.append("checkpoint.pth")
+            if files:
+                state.save(args, epoch, files)
     progress.close()
     seconds = int(time.perf_counter() - start)
     print_main(f"Training time {datetime.timedelta(seconds=seconds)}, largest memory {largest_memory_mb():.0f} MB")
@@ -328,7 +353,21 @@ def initial_weights(state: TrainingState, checkpoint: Dict[str, Any], args: argp
     elif args.frozen_weights:
         load_model_strictly(state.model.detr, checkpoint, f"--frozen_weights {args.frozen_weights}")
     elif args.pretrain:
-        load_pretrained(state.model, checkpoint, args.pretrain)
+        load_pretrained(state.model, checkpoint, args.pretrain,
+                        reset_classes=bool(args.reset_embedding_layer) and args.dataset_file != "regions")
+
+
+def agree_on_seed(args: argparse.Namespace) -> None:
+    """With `--random_seed`, draw `args.seed`, the same for all processes."""
+    if args.random_seed:
+        args.seed = all_gather(secrets.randbelow(2**31))[0]
+
+
+def follow_positions(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
+    """Let a DETR count positions as the model does that it starts from, unless the flags say how."""
+    if args.model == "detr" and args.position_from_centre is None and counts_from_centre(checkpoint):
+        args.position_from_centre = True
+        print_main(f"positions count to a pixel's centre, as in {args.resume or args.frozen_weights or args.pretrain}")
 
 
 def describe_classes(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Dict[int, str], Dict[int, bool]]:
@@ -361,8 +400,10 @@ def main(args: argparse.Namespace) -> None:
     recipes.resolve(args)
     recipes.require_data(args)
     init_distributed_mode(args)
+    agree_on_seed(args)
     args.resume = find_resume(args)
     checkpoint = read_start(args)
+    follow_positions(args, checkpoint)
     class_names, things = describe_classes(args, checkpoint)
     print_main(recipes.describe(args))
     if args.overfit:

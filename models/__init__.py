@@ -10,6 +10,7 @@ from models.classification import FocalClassification, SoftmaxClassification
 from models.criterion import SetCriterion, weights_for_layers
 from models.deformable_detr import DeformableDETR, PostProcessFocal
 from models.deformable_transformer import build_deformable_transformer
+from models.detreg import DETRegDeformableDETR, DETRegDETR, build_embedder
 from models.detr import DETR, PostProcess
 from models.matcher import HungarianMatcher
 from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
@@ -19,7 +20,7 @@ from util import recipes
 from util.errors import InputError
 
 # Highest label + 1 where no annotations have been read; `main.py` reads them.
-NUM_CLASSES = {"coco": 91, "coco_panoptic": 250, "voc": 21}
+NUM_CLASSES = {"coco": 91, "coco_panoptic": 250, "voc": 21, "regions": 91}
 LAST_COCO_THING = 90  # COCO's panoptic categories up to this id are things, those above are stuff
 PATCH_CLASSES = 2  # UP-DETR's labels: 1 for a patch; 0 is unused, 2 (no object) comes on top
 
@@ -51,6 +52,7 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
     transformer = build_deformable_transformer(args) if deformable else build_transformer(args)
     weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     losses = ["labels", "boxes", "cardinality"]
+    embedder = build_embedder(args) if args.object_embedding_loss else None  # DETReg's frozen network
     if pretraining:
         num_classes = PATCH_CLASSES
         model: nn.Module = UPDETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss, args.num_patches,
@@ -60,11 +62,7 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
             losses.append("feature")
     else:
         num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]
-        if deformable:
-            model = DeformableDETR(backbone, transformer, num_classes, args.num_queries, args.num_feature_levels,
-                                   args.aux_loss, args.with_box_refine, args.two_stage)
-        else:
-            model = DETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
+        model = _build_detector(args, backbone, transformer, num_classes, embedder.dim if embedder else None)
     postprocessors = {"bbox": build_postprocess(args)}
     if args.masks:
         model = DETRsegm(model, freeze_detr=bool(args.frozen_weights), softmax_per_head=args.mask_softmax == "per_head",
@@ -81,9 +79,23 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
     weight_dict = weights_for_layers(weights, args.dec_layers if args.aux_loss else 1)
     if deformable:
         weight_dict.update({f"{name}_enc": weight for name, weight in weights.items()})  # of proposals, in two stages
-    criterion = SetCriterion(num_classes, matcher, weight_dict, args.eos_coef, losses)
+    if embedder:
+        losses.append("object_embedding")
+        weight_dict["loss_object_embedding"] = args.object_embedding_coef  # the last layer alone has it
+    criterion = SetCriterion(num_classes, matcher, weight_dict, args.eos_coef, losses, embedder)
     device = torch.device(args.device)
     return model.to(device), criterion.to(device), postprocessors
+
+
+def _build_detector(args: argparse.Namespace, backbone: nn.Module, transformer: nn.Module,
+                    num_classes: int, embedding_dim: Optional[int]) -> nn.Module:
+    """A DETR or Deformable DETR; with an `embedding_dim` it also predicts embeddings, as in DETReg."""
+    parts = [backbone, transformer, num_classes, args.num_queries]
+    if args.model == "deformable_detr":
+        parts += [args.num_feature_levels, args.aux_loss, args.with_box_refine, args.two_stage]
+        return DETRegDeformableDETR(*parts, embedding_dim) if embedding_dim else DeformableDETR(*parts)
+    parts.append(args.aux_loss)
+    return DETRegDETR(*parts, embedding_dim) if embedding_dim else DETR(*parts)
 
 
 def build_postprocess(args: argparse.Namespace) -> nn.Module:

@@ -157,11 +157,11 @@ class Joiner(nn.Sequential):
         return features, positions
 
 
-def backbone_state_dict(checkpoint: Dict[str, Tensor]) -> Dict[str, Tensor]:
+def backbone_state_dict(checkpoint: Dict[str, Tensor], also: Tuple[str, ...] = ()) -> Dict[str, Tensor]:
     """The ResNet part of a classification, SwAV or detector checkpoint, under torchvision's names.
 
     Unwraps `model` and `state_dict`, strips the prefixes of wrappers and detectors, and drops classification and
-    projection heads.
+    projection heads but for tensors whose names begin with one of `also`.
     """
     for wrapper in ("model", "state_dict"):
         if isinstance(checkpoint.get(wrapper), dict):
@@ -171,13 +171,19 @@ def backbone_state_dict(checkpoint: Dict[str, Tensor]) -> Dict[str, Tensor]:
     for name, value in checkpoint.items():
         for prefix in prefixes:
             name = name.removeprefix(prefix)
-        if name.startswith(("conv1.", "bn1.", *(layer + "." for layer in LAYERS))):
+        if name.startswith(("conv1.", "bn1.", *(layer + "." for layer in LAYERS), *also)):
             tensors[name] = value
     return tensors
 
 
-def load_backbone_weights(body: ResNetBody, source: str, name: str) -> None:
+def load_backbone_weights(body: nn.Module, source: str, name: str, flag: str = "--load_backbone") -> None:
     """Fill the body from `--load_backbone`: "supervised", "swav", "none", a file or a URL.
+
+    Args:
+        body: a `ResNetBody`, or another module with names of torchvision's ResNets, and of SwAV's projection head.
+        source: the flag's value.
+        name: the architecture, "resnet18", …
+        flag: how the user named the source, used in messages.
 
     Raises:
         InputError: if the source has no weights for this architecture, or isn't a ResNet checkpoint of the same kind.
@@ -185,20 +191,20 @@ def load_backbone_weights(body: ResNetBody, source: str, name: str) -> None:
     if source == "none":
         return
     if source == "swav" and name != "resnet50":
-        raise InputError(f"--load_backbone swav: SwAV published a resnet50 only, not {name}; "
-                         "pass --load_backbone FILE, supervised or none")
+        raise InputError(f"{flag} swav: SwAV published a resnet50 only, not {name}; "
+                         f"pass {flag} FILE, supervised or none")
     location = {"supervised": SUPERVISED_URLS[name], "swav": SWAV_URL}.get(source, source)
     with local_main_first():
-        checkpoint = load_checkpoint(location, flag="--load_backbone")
-    tensors = backbone_state_dict(checkpoint)
+        checkpoint = load_checkpoint(location, flag=flag)
+    tensors = backbone_state_dict(checkpoint, also=("projection_head.",))
     wanted = body.state_dict()
     other_shape = sorted(key for key in wanted if key in tensors and tensors[key].shape != wanted[key].shape)
     missing = sorted(key for key in wanted if key not in tensors)
     if missing or other_shape:
-        raise InputError(f"--load_backbone {source} doesn't fit {name}: {len(missing)} tensors are missing and "
+        raise InputError(f"{flag} {source} doesn't fit {name}: {len(missing)} tensors are missing and "
                          f"{len(other_shape)} have another shape, first {(missing + other_shape)[0]}")
     body.load_state_dict({key: tensors[key] for key in wanted})
-    print_main(f"backbone: {len(wanted)} tensors of {name} from {location}")
+    print_main(f"{flag.removeprefix('--load_')}: {len(wanted)} tensors of {name} from {location}")
 
 
 def build_backbone(args: argparse.Namespace) -> Joiner:

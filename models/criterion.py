@@ -28,36 +28,42 @@ def weights_for_layers(weights: Dict[str, float], num_layers: int) -> Dict[str, 
 
 
 class SetCriterion(nn.Module):
-    """The loss of all detectors, with that of masks and UP-DETR's feature reconstruction.
+    """The loss of all detectors, with those of masks, UP-DETR's feature reconstruction and DETReg's embeddings.
 
     Args:
         num_classes: highest label + 1; the class index of "no object".
         matcher: assigns targets to queries; its `classification` is the classification loss's, too.
         weight_dict: weight of each reported loss; the total is the weighted sum over the names in it.
         eos_coef: weight of the no-object class in a softmax's loss (other classes: 1); a focal loss has none.
-        losses: which of "labels", "boxes", "cardinality", "masks", "feature" to compute.
+        losses: which of "labels", "boxes", "cardinality", "masks", "feature", "object_embedding" to compute.
+        embedder: says what regions' embeddings should be, crops [T, 3, P, P] -> [T, E]; "object_embedding" needs it.
 
     Raises:
-        ValueError: for a loss of another name.
+        ValueError: for a loss of another name, or if the embedder is missing.
     """
 
     def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_dict: Dict[str, float],
-                 eos_coef: Optional[float], losses: Sequence[str]) -> None:
+                 eos_coef: Optional[float], losses: Sequence[str],
+                 embedder: Optional[Callable[[Tensor], Tensor]] = None) -> None:
         super().__init__()
         unknown = sorted(set(losses) - set(self._losses()))
         if unknown:
             raise ValueError(f"unknown losses {', '.join(unknown)}; known are {', '.join(self._losses())}")
+        if "object_embedding" in losses and embedder is None:
+            raise ValueError("the loss object_embedding needs an embedder")
         self.num_classes = num_classes
         self.matcher = matcher
         self.weight_dict = weight_dict
         self.eos_coef = eos_coef
         self.losses = list(losses)
+        self.embedder = embedder
         self.classification = matcher.classification
         self.register_buffer("empty_weight", self.classification.class_weights(num_classes, eos_coef))
 
     def _losses(self) -> Dict[str, Callable[..., Dict[str, Tensor]]]:
         return {"labels": self.loss_labels, "boxes": self.loss_boxes, "cardinality": self.loss_cardinality,
-                "masks": self.loss_masks, "feature": self.loss_feature}
+                "masks": self.loss_masks, "feature": self.loss_feature,
+                "object_embedding": self.loss_object_embedding}
 
     def forward(self, outputs: Dict[str, Any], targets: Sequence[Dict[str, Tensor]]) -> Dict[str, Tensor]:
         """Losses of a batch.
@@ -66,7 +72,8 @@ class SetCriterion(nn.Module):
             outputs: `pred_logits` [B, N, C + 1] ([B, N, C] without a no-object class), `pred_boxes` [B, N, 4] and what the
                 losses need besides; `aux_outputs` may hold the same of the earlier layers, `enc_outputs` logits and boxes of
                 a two-stage detector's proposals, for which every object is of class 0.
-            targets: for each image `labels` int64 [n], `boxes` cxcywh [n, 4] in 0..1; `masks` bool [n, H, W] for them.
+            targets: for each image `labels` int64 [n], `boxes` cxcywh [n, 4] in 0..1; for the losses that need them `masks`
+                bool [n, H, W], `patches` [n, 3, P, P].
 
         Returns:
             scalar tensors by name; figures of earlier layers end in `_0`, `_1`, …, those of proposals in `_enc`.
@@ -153,6 +160,15 @@ class SetCriterion(nn.Module):
         expected = F.normalize(stacked["gt_feature"].flatten(0, 1), dim=-1)[matching.target]
         return {"loss_feature": (predicted - expected).square().sum((1, 2)) / num_boxes}
 
+    def loss_object_embedding(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]],
+                              matching: Matching, *, num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
+        """`loss_object_embedding` [1]: mean absolute difference of the predicted and true embeddings' numbers, summed
+        over pairs, per region (Bar et al., 2022, sec. 3.2), of the last layer only. Patch j of an image is its target j.
+        """
+        predicted = stacked["pred_features"][0, matching.image[-1], matching.query[-1]]
+        expected = self.embedder(torch.cat([target["patches"] for target in targets])).float()[matching.target[-1]]
+        return {"loss_object_embedding": (predicted - expected).abs().mean(1).sum()[None] / num_boxes}
+
     def _matched(self, values: Tensor, matching: Matching) -> Tensor:
         """Pick the matched queries of [L, B, N, d] -> [L, K, d]."""
         layer = torch.arange(len(values), device=values.device)[:, None]
@@ -185,6 +201,8 @@ def _stack_layers(outputs: Dict[str, Any]) -> Dict[str, Tensor]:
         stacked["gt_feature"] = outputs["gt_feature"].float()
     if "pred_masks" in outputs:
         stacked["pred_masks"] = outputs["pred_masks"][None]  # of the last layer only
+    if "pred_features" in outputs:
+        stacked["pred_features"] = outputs["pred_features"][None].float()  # of the last layer only
     return stacked
 
 

@@ -82,5 +82,5 @@ def build_position_encoding(args: argparse.Namespace) -> nn.Module:
     """The encoding that `--position_embedding` names, with `--hidden_dim` channels."""
     if args.position_embedding == "sine":
         return PositionEmbeddingSine(args.hidden_dim // 2, normalize=True, scale=args.position_embedding_scale,
-                                     from_centre=args.model == "deformable_detr")
+                                     from_centre=args.model == "deformable_detr" or bool(args.position_from_centre))
     return PositionEmbeddingLearned(args.hidden_dim // 2)

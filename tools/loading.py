@@ -8,7 +8,8 @@ from main import get_args_parser
 from models import NUM_CLASSES, build_model, coco_is_thing_map
 from models.backbone import LAYERS
 from util import recipes
-from util.checkpoint import describe_kind, detector_of, load_checkpoint, load_model_strictly, model_state
+from util.checkpoint import (counts_from_centre, describe_kind, detector_of, load_checkpoint, load_model_strictly,
+                             model_state, stored_flags)
 from util.errors import InputError
 
 DETECTOR, PRETRAINED = "coco", "imagenet"  # the --dataset_file whose models they are
@@ -47,13 +48,14 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
         InputError: if it can't be read, holds another kind of model, or doesn't fit the flags.
     """
     checkpoint = load_checkpoint(location, flag="--checkpoint")
-    state = model_state(checkpoint, location)
+    # A DETReg pre-training model is a detector of regions; what it predicts of their contents can't be shown.
+    state = {name: value for name, value in model_state(checkpoint, location).items()
+             if not name.startswith("feature_embed.")}
     _require_kind(state, kind, location)
     args = get_args_parser().parse_args([])
     args.dataset_file, args.device, args.aux_loss = kind, device, False
     args.resume = location  # the backbone's weights come with it: none are fetched
-    stored = checkpoint.get("args") or {}
-    stored = stored if isinstance(stored, dict) else vars(stored)
+    stored = stored_flags(checkpoint)
     for name in STORED_FLAGS[kind]:
         if stored.get(name) is not None:
             setattr(args, name, stored[name])
@@ -64,9 +66,11 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
             setattr(args, name, value)
     if args.masks and args.mask_softmax is None:
         args.mask_softmax = stored.get("mask_softmax")
+    if args.model is None and args.position_embedding == "sine" and counts_from_centre(checkpoint):
+        args.position_from_centre = True
     recipes.resolve(args)
     model = build_model(args)[0]
-    load_model_strictly(model, checkpoint, location)
+    load_model_strictly(model, {"model": state}, location)
     is_thing_map = checkpoint.get("is_thing_map") or {}
     if args.masks and args.num_classes == NUM_CLASSES["coco_panoptic"] and not is_thing_map:
         is_thing_map = coco_is_thing_map(args.num_classes)  # the number of classes of the published models alone

@@ -20,6 +20,7 @@ torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pat
 
 DOWNLOAD_TIMEOUT_S = 30
 MASKED = "detr."  # precedes the names of a detector that has a mask head
+EMBEDDING_HEAD = "feature_embed.layers.0.weight"  # only DETReg's pre-training models have it
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,64})\.")
 # How torch's weights-only loader says that a pickle names something it would have to import or call.
 NOT_PLAIN = re.compile(r"Unsupported (global|class)|unsupported GLOBAL|unrecognized function", re.IGNORECASE)
@@ -135,10 +136,23 @@ def checkpoint_args(checkpoint: Dict[str, Any], location: str) -> argparse.Names
     Raises:
         InputError: if it holds none, as official weight files do.
     """
-    stored = checkpoint.get("args")
-    if stored is None:
+    if checkpoint.get("args") is None:
         raise InputError(f"{location} holds weights without the flags they were trained with")
-    return argparse.Namespace(**(stored if isinstance(stored, dict) else vars(stored)))
+    return argparse.Namespace(**stored_flags(checkpoint))
+
+
+def stored_flags(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """Flags that a checkpoint was trained with, by name; none if it holds none."""
+    stored = checkpoint.get("args") or {}
+    return stored if isinstance(stored, dict) else vars(stored)
+
+
+def counts_from_centre(checkpoint: Dict[str, Any]) -> bool:
+    """Whether a checkpoint's DETR was trained with positions counted to pixels' centres, as DETReg's own program does."""
+    stored = stored_flags(checkpoint)
+    if "position_from_centre" in stored:
+        return bool(stored["position_from_centre"])
+    return "obj_embedding_head" in stored
 
 
 def model_state(checkpoint: Dict[str, Any], location: str) -> Dict[str, Tensor]:
@@ -160,6 +174,9 @@ def describe_kind(state: Dict[str, Tensor]) -> str:
     if any(name.startswith("mask_head.") for name in state):
         detector = detector_of(state)
         return "a DETR with a mask head" if detector is state else describe_kind(detector) + " and a mask head"
+    if EMBEDDING_HEAD in state:
+        rest = {name: value for name, value in state.items() if name != EMBEDDING_HEAD}
+        return "a DETReg pre-training model: " + describe_kind(rest)
     if "transformer.level_embed" in state:
         return _describe_deformable(state)
     if "transformer.decoder.norm.weight" in state:
@@ -198,17 +215,20 @@ def load_model_strictly(model: nn.Module, checkpoint: Dict[str, Any], location: 
     differing = [name for name in own if name not in state] + [name for name in state if name not in own] + \
                 [name for name in own if name in state and own[name].shape != state[name].shape]
     if differing:
-        hint = "; to start a fine-tuning from it use --pretrain" if "patch2query.weight" in state else ""
+        pretext = "patch2query.weight" in state or EMBEDDING_HEAD in state
+        hint = "; to start a fine-tuning from it use --pretrain" if pretext else ""
         raise InputError(f"{location} holds {describe_kind(state)} but the flags describe {describe_kind(own)}: "
                          f"{len(differing)} tensors differ, first {differing[0]}{hint}")
     model.load_state_dict(state)
 
 
-def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str) -> Dict[str, List[str]]:
+def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,
+                    reset_classes: bool = True) -> Dict[str, List[str]]:
     """Start a training from another model's weights: load what fits by name and shape, and say what didn't.
 
     A detector finds its place in a model with a mask head, and the other way round. The patch classes of an UP-DETR
-    pre-training never enter another kind of model, whatever their shape.
+    pre-training never enter another kind of model, whatever their shape; nor does the class of a DETReg pre-training
+    with `reset_classes`.
 
     Returns:
         names of tensors `loaded`, `skipped` (in the checkpoint, not used) and `missed` (in the model, not filled).
@@ -218,6 +238,8 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str)
     """
     state, own = model_state(checkpoint, location), model.state_dict()
     pretext_only = "patch2query.weight" in state and "patch2query.weight" not in own
+    if EMBEDDING_HEAD in state or stored_flags(checkpoint).get("dataset_file") == "regions":
+        pretext_only = pretext_only or reset_classes
     state = _named_like(own, state)
     fits = {name: value for name, value in state.items()
             if name in own and own[name].shape == value.shape and not (pretext_only and _is_class_head(name))}
@@ -245,7 +267,8 @@ def _named_like(own: Dict[str, Tensor], state: Dict[str, Tensor]) -> Dict[str, T
 
 
 def _is_class_head(name: str) -> bool:
-    return name.removeprefix(MASKED).startswith("class_embed.")
+    # A two-stage Deformable DETR names them twice.
+    return name.removeprefix(MASKED).removeprefix("transformer.decoder.").startswith("class_embed.")
 
 
 def _is_backbone(name: str) -> bool:

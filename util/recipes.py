@@ -16,7 +16,7 @@ def _position_scale(args: argparse.Namespace) -> Optional[float]:
 
 
 _LABELLED: Dict[str, Default] = {
-    "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False,
+    "batch_size": 2, "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False,
 }
 _DETR: Dict[str, Default] = {
     "lr": 1e-4, "lr_backbone_names": ["backbone."], "num_queries": 100, "dim_feedforward": 2048, "pre_norm": False,
@@ -37,8 +37,9 @@ _DEFORMABLE_LABELLED: Dict[str, Default] = {
 }
 _SUBSETS: Dict[str, Default] = {"filter_pct": -1.0, "filter_num": -1.0, "filter_seed": 0, "shots_of": "boxes"}
 _REGIONS: Dict[str, Default] = {
-    "lr_drop": 40, "num_workers": 16, "load_backbone": "swav", "lr_backbone": 0.0, "strategy": "topk", "max_prop": 30,
-    "patch_size": 128,
+    "batch_size": 4, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav", "lr_backbone": 0.0, "strategy": "topk",
+    "max_prop": 30, "patch_size": 128, "object_embedding_loss": False, "obj_embedding_head": "intermediate",
+    "object_embedding_coef": 1.0, "load_embedding": lambda args: args.load_backbone,
 }
 
 # By --model and --dataset_file: the defaults of flags that were not given. A function computes its value from the other
@@ -51,18 +52,24 @@ RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
     ("deformable_detr", "coco_panoptic"): _DEFORMABLE_LABELLED,
     ("deformable_detr", "voc"): {**_DEFORMABLE_LABELLED, **_SUBSETS},
     ("detr", "imagenet"): {
-        **_DETR, "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
+        **_DETR, "batch_size": 2, "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
         "num_patches": 10, "feature_recon": False, "query_shuffle": False, "fre_cnn": False, "match_within_group": False,
         "patch_size": 128, "min_patch": 8, "held_out_share": 0.0,
         "lr_backbone": lambda args: 0.0 if args.fre_cnn else args.lr,
         "eos_coef": lambda args: args.num_patches / args.num_queries,
     },
-    ("detr", "regions"): {**_DETR, **_REGIONS, "epochs": 60, "eos_coef": 0.1},
+    ("detr", "regions"): {**_DETR, **_REGIONS, "epochs": 60, "eos_coef": 0.1, "position_from_centre": True},
     ("deformable_detr", "regions"): {**_DEFORMABLE, **_REGIONS, "epochs": 50},
 }
 MODELS = {"detr": "DETR", "deformable_detr": "Deformable DETR"}
 DATASETS = {"coco": "COCO-format data", "coco_panoptic": "COCO-format panoptic data", "voc": "Pascal VOC",
             "imagenet": "images without labels", "regions": "regions of images without labels"}
+# DETReg's names of trainings: --dataset_file, the flag that says where the images lie, and where they do in --data_root.
+LAYOUT = {
+    "imagenet": ("regions", "imagenet_path", "ilsvrc/train"), "imagenet100": ("regions", "imagenet_path", "ilsvrc100/train"),
+    "coco_pretrain": ("regions", "imagenet_path", "MSCoco/train2017"), "coco": ("coco", "coco_path", "MSCoco"),
+    "voc": ("voc", "voc_path", "pascal/VOCdevkit"),
+}
 TITLES = {"imagenet": "UP-DETR pre-training", "regions": "DETReg pre-training of {model}"}
 
 # Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
@@ -80,19 +87,23 @@ FLAGS_OF = {
         "match_within_group", "min_patch", "max_patch")},
     **{name: ("imagenet", "regions") for name in (
         "imagenet_path", "class_list", "patch_size", "pretrain_sizes", "pretrain_max_size")},
-    **{name: ("regions",) for name in ("strategy", "max_prop", "cache_path")},
+    **{name: ("regions",) for name in (
+        "strategy", "max_prop", "cache_path", "object_embedding_loss", "obj_embedding_head", "object_embedding_coef",
+        "load_embedding")},
     **{name: ("coco", "coco_panoptic", "voc") for name in ("train_sizes", "val_size", "max_size")},
     **{name: ("coco", "coco_panoptic", "voc", "regions") for name in ("crop_resize", "crop_size")},
 }
 # The same for flags that mean something for one model only.
 MODEL_OF = {
-    **{name: "detr" for name in ("pre_norm", "eos_coef", "masks", "frozen_weights")},
+    **{name: "detr" for name in ("pre_norm", "eos_coef", "masks", "frozen_weights", "position_from_centre")},
     **{name: "deformable_detr" for name in (
         "with_box_refine", "two_stage", "num_feature_levels", "enc_n_points", "dec_n_points", "focal_alpha",
         "lr_linear_proj_names", "lr_linear_proj_mult")},
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop", "shots")
+                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop", "shots",
+                "save_every")
+OF_EMBEDDINGS = ("obj_embedding_head", "object_embedding_coef", "load_embedding")  # that need --object_embedding_loss
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 # Flags of which one at most can decide what is trained on, and flags that mean nothing without another.
 CHOICES = ("filter_pct", "filter_num", "filter_file", "shots")
@@ -112,10 +123,12 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         InputError: if flags contradict each other or don't belong to this training.
     """
+    if not getattr(args, "resolved", False):
+        _follow_layout(args)
     if args.dataset_file is None:
         args.dataset_file = _dataset_of_path(args)
     if args.model is None:
-        args.model = "detr"
+        args.model = "deformable_detr" if args.dataset_file == "regions" else "detr"
     if not getattr(args, "resolved", False):
         _check_belonging(args)
         _check_values(args)
@@ -134,6 +147,22 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
                 args.num_workers = min(args.num_workers, available_cpus())
     args.resolved = True
     return args
+
+
+def _follow_layout(args: argparse.Namespace) -> None:
+    """Let `--dataset` and `--data_root` say what other flags say, as in DETReg's program. A path that is given wins."""
+    if args.dataset is None:
+        if args.data_root is not None:
+            raise InputError(f"--data_root {args.data_root} has no effect without --dataset, which says what of it to use")
+        return
+    dataset_file, flag, place = LAYOUT[args.dataset]
+    if args.dataset_file not in (None, dataset_file):
+        raise InputError(f"--dataset {args.dataset} means --dataset_file {dataset_file}, not {args.dataset_file}")
+    args.dataset_file = dataset_file
+    if getattr(args, flag) is None:
+        setattr(args, flag, f"{args.data_root or 'data'}/{place}")
+    elif args.data_root is not None:
+        raise InputError(f"--data_root {args.data_root} has no effect with --{flag}, which says where the images are")
 
 
 def _dataset_of_path(args: argparse.Namespace) -> str:
@@ -168,6 +197,13 @@ def _check_values(args: argparse.Namespace) -> None:
     for name in OF_MASKS:
         if getattr(args, name) is not None and not args.masks:
             raise InputError(f"--{name} has no effect without --masks")
+    for name in OF_EMBEDDINGS:
+        if getattr(args, name) is not None and not args.object_embedding_loss:
+            raise InputError(f"--{name} has no effect without --object_embedding_loss")
+    if not args.reset_embedding_layer and not args.pretrain:
+        raise InputError("--reset_embedding_layer 0 has no effect without --pretrain, whose class heads it keeps")
+    if args.position_from_centre and args.position_embedding != "sine":
+        raise InputError("--position_from_centre has no effect without --position_embedding sine")
     if args.frozen_weights and args.pretrain:
         raise InputError(f"--pretrain {args.pretrain} has no effect with --frozen_weights, which fills the detector")
     if args.tensorboard and (args.eval or not args.output_dir):

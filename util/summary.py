@@ -72,6 +72,9 @@ def _data(purpose: str, args: argparse.Namespace, class_names: Dict[int, str], n
     if args.dataset_file == "regions":
         lines.append(f"regions in an image: {args.max_prop} at most, chosen by --strategy {args.strategy}, from "
                      + (f"--cache_path {args.cache_path}" if args.cache_path else "selective search on the spot"))
+        lines.append(f"object embeddings: --obj_embedding_head {args.obj_embedding_head} of --load_embedding "
+                     f"{args.load_embedding}, weight {args.object_embedding_coef:g}" if args.object_embedding_loss else
+                     "object embeddings: none (--object_embedding_loss predicts them)")
     if objects is None or not len(objects):
         return lines
     most, queries = int(objects.max()), args.num_queries

@@ -12,10 +12,17 @@ PANOPTIC = ["detr_resnet50_panoptic", "detr_resnet101_panoptic", "detr_resnet50_
 PRETRAINING = ["updetr_pretrain", "updetr_pretrain_no_recon", "updetr_pretrain_train_cnn"]
 DEFORMABLE = ["deformable_detr", "deformable_detr_single_scale", "deformable_detr_single_scale_dc5", "deformable_detr_refine",
               "deformable_detr_two_stage", "deformable_detr_two_stage_no_refine"]
+DETREG_PRETRAINING = ["detreg_detr_pretrain", "detreg_detr_pretrain_head", "detreg_def_pretrain", "detreg_def_pretrain_head",
+                      "detreg_def_pretrain_refine"]
+DETREG = [*DETREG_PRETRAINING, "detreg_detr_finetune", "detreg_def_finetune_voc"]
 
 # Recorded for every model, but flags here only where there are masks, or for DETR only.
 OF_MASKS = {"masks", "frozen_weights", "mask_loss_coef", "dice_loss_coef"}
 OF_DETR = {"pre_norm", "eos_coef"}
+# Recorded for every model of DETReg's program, which trained them all.
+OF_REGIONS = {"object_embedding_loss", "obj_embedding_head", "object_embedding_coef", "strategy", "max_prop"}
+OF_DEFORMABLE = {"num_feature_levels", "focal_alpha", "lr_linear_proj_names", "lr_linear_proj_mult"}
+OTHERWISE = {"cache_mode", "dataset"}
 
 
 def published_args(published, name, **changes):
@@ -25,7 +32,14 @@ def published_args(published, name, **changes):
     recorded["dataset_file"] = recorded["dataset_file"].lower()
     args = get_args_parser().parse_args(["--load_backbone", "none"])
     without = set() if recorded["masks"] else OF_MASKS
-    if name in DEFORMABLE:
+    if name in DETREG:
+        without = OF_MASKS | OTHERWISE | (OF_DEFORMABLE if recorded["model"] == "detr" else OF_DETR)
+        if name in DETREG_PRETRAINING:
+            recorded["dataset_file"] = "regions"
+        else:
+            without |= OF_REGIONS
+        args.num_classes = published_shapes(published, name).get("class_embed.0.weight", [91])[0]
+    elif name in DEFORMABLE:
         args.model, without = "deformable_detr", OF_MASKS | OF_DETR
         args.num_classes = published_shapes(published, name)["class_embed.0.weight"][0]
     elif recorded["dataset_file"] != "imagenet":
@@ -55,7 +69,7 @@ def shapes_of(module):
     return {name: list(value.shape) for name, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", DETECTORS + PANOPTIC + PRETRAINING + DEFORMABLE)
+@pytest.mark.parametrize("name", DETECTORS + PANOPTIC + PRETRAINING + DEFORMABLE + DETREG)
 def test_model_equals_the_published_one(published, name):
     facts = published["models"][name]
     model, criterion, postprocessors = build_without_memory(published_args(published, name))
@@ -73,7 +87,7 @@ def test_model_equals_the_published_one(published, name):
     assert sorted(postprocessors) == facts["postprocessors"]
 
 
-@pytest.mark.parametrize("name", DEFORMABLE)
+@pytest.mark.parametrize("name", DEFORMABLE + DETREG_PRETRAINING[2:])
 def test_tensors_with_several_names_are_the_published_ones(published, name):
     """Heads that all layers share, and heads that the decoder holds too."""
     facts = published["models"]
@@ -118,7 +132,8 @@ def test_parameters_are_in_the_published_order(published):
     assert [key for key in own if key in pretext_only] == pretext_only
 
 
-@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", *PANOPTIC[::2], *PRETRAINING[:2], *DEFORMABLE])
+@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", *PANOPTIC[::2], *PRETRAINING[:2], *DEFORMABLE,
+                                  *DETREG_PRETRAINING])
 def test_losses_are_reported_under_the_published_names(published, images, targets, name):
     small = dict(backbone="resnet18", dilation=False, hidden_dim=32, nheads=4, enc_layers=1, dim_feedforward=32)
     model, criterion, _ = build_model(published_args(published, name, **small))
@@ -126,6 +141,8 @@ def test_losses_are_reported_under_the_published_names(published, images, target
     if name in PRETRAINING:
         inputs.append(torch.randn(2, 10, 3, 32, 32))
         targets = [{"labels": torch.ones(10, dtype=torch.int64), "boxes": torch.rand(10, 4) * 0.4 + 0.1}] * 2
+    if name in DETREG_PRETRAINING:
+        targets = [{**target, "patches": torch.randn(len(target["labels"]), 3, 32, 32)} for target in targets]
     if name in PANOPTIC:
         targets = [{**target, "masks": torch.rand(len(target["labels"]), *image.shape[1:]) > 0.5}
                    for target, image in zip(targets, images)]
@@ -156,6 +173,31 @@ def test_fine_tuning_takes_from_a_pretrained_model_what_the_original_takes(publi
     printed = capsys.readouterr().out
     assert "pretrain: missed 2 tensors: class_embed.bias, class_embed.weight" in printed
     assert "pretrain: skipped 8 tensors" in printed
+
+
+@pytest.mark.parametrize("before, after, changes", [
+    ("detreg_detr_pretrain", "detreg_detr_finetune", {}), ("detreg_def_pretrain", "deformable_detr", {}),
+    ("detreg_def_pretrain", "deformable_detr_refine", {}), ("detreg_def_pretrain", "deformable_detr", {"num_classes": 21}),
+    ("detreg_def_pretrain_refine", "deformable_detr_refine", {})])
+def test_fine_tuning_takes_all_of_a_detreg_but_its_class_and_its_embeddings(published, before, after, changes):
+    model = build_model(published_args(published, after, **changes))[0]
+    pretrained = {name: torch.zeros(shape) for name, shape in published_shapes(published, before).items()}
+    report = load_pretrained(model, {"model": pretrained}, "checkpoint.pth")
+    name = f"{before} -> {after.replace('deformable_detr', 'detreg_def_finetune')}"
+    if name in published["pretrain_to_finetune"]:
+        facts = published["pretrain_to_finetune"][name]
+        assert report["missed"] == facts["missing"]
+        assert {key for key in report["skipped"] if not key.startswith("class_embed.")} == set(facts["unexpected"])
+    assert all("class_embed" in key or "bbox_embed" in key for key in report["missed"])
+    assert all((value == 0).all() for key, value in model.state_dict().items() if "class_embed" not in key)
+    assert all(value.any() for key, value in model.state_dict().items() if "class_embed" in key)
+
+
+def test_a_detregs_class_is_kept_only_when_asked_for(published):
+    pretrained = {name: torch.zeros(shape) for name, shape in published_shapes(published, "detreg_def_pretrain").items()}
+    model = build_model(published_args(published, "deformable_detr"))[0]
+    report = load_pretrained(model, {"model": pretrained}, "checkpoint.pth", reset_classes=False)
+    assert not report["missed"] and not model.state_dict()["class_embed.0.weight"].any()
 
 
 def test_official_checkpoint_layout_loads_strictly(published):

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# DETReg (Bar et al., 2022, https://arxiv.org/abs/2106.04550): fine-tuning of Deformable DETR on 1 % of COCO
+# train2017, 2000 epochs at one rate. The images are the same in every run.
+#
+# Expected: see the paper, sec. 4.
+#   We have not trained it to the end ourselves, so there is no hardware and time to state.
+# Run:      torchrun --nproc_per_node=8 --no-python ./configs/DETReg_fine_tune_1pct_coco.sh --batch_size 3
+# Evaluate: ./configs/DETReg_fine_tune_1pct_coco.sh --eval --resume exps/DETReg_fine_tune_1pct_coco/checkpoint.pth
+# Before:   ./configs/DETReg_top30_coco.sh, or give --pretrain FILE_OR_URL.
+# Flags that are given win. The data lies in $DATA_ROOT/MSCoco (DATA_ROOT is data unless set), or in --coco_path.
+exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \
+    --model deformable_detr --pretrain exps/DETReg_top30_coco/checkpoint.pth \
+    --filter_pct 1 --epochs 2000 --lr_drop 2000 --eval_every 50 --save_every 50 \
+    --coco_path "${DATA_ROOT:-data}/MSCoco" --output_dir exps/DETReg_fine_tune_1pct_coco "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# DETReg (Bar et al., 2022, https://arxiv.org/abs/2106.04550): pre-training of Deformable DETR on ImageNet's
+# images, 30 regions of each: 5 epochs at one rate.
+#
+# Expected: a detector of regions, to be fine-tuned; see the paper, sec. 4, for what comes of it.
+#   We have not trained it to the end ourselves, so there is no hardware and time to state.
+# Run:      torchrun --nproc_per_node=8 --no-python ./configs/DETReg_top30_in.sh --batch_size 24
+# Before:   python -m tools.cache_proposals --imagenet_path data/ilsvrc/train --cache_path cache/ilsvrc --num_workers 16
+#   and add --cache_path cache/ilsvrc; else selective search runs in every epoch anew.
+# Flags that are given win. The images lie in $DATA_ROOT/ilsvrc/train (DATA_ROOT is data unless set), or in
+# --imagenet_path.
+exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \
+    --model deformable_detr --dataset_file regions --max_prop 30 --object_embedding_loss --lr_backbone 0 --epochs 5 \
+    --imagenet_path "${DATA_ROOT:-data}/ilsvrc/train" --output_dir exps/DETReg_top30_in "$@"

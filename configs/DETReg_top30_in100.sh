@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# DETReg (Bar et al., 2022, https://arxiv.org/abs/2106.04550): pre-training of Deformable DETR on the images of
+# 100 of ImageNet's classes, 30 regions of each: 50 epochs, rates drop after 40.
+#
+# Expected: a detector of regions, to be fine-tuned; see the paper, sec. 4, for what comes of it.
+#   We have not trained it to the end ourselves, so there is no hardware and time to state.
+# Run:      torchrun --nproc_per_node=8 --no-python ./configs/DETReg_top30_in100.sh --batch_size 24
+# Before:   python -m tools.cache_proposals --imagenet_path data/ilsvrc100/train --cache_path cache/ilsvrc100 --num_workers 16
+#   and add --cache_path cache/ilsvrc100; else selective search runs in every epoch anew.
+# Flags that are given win. The images lie in $DATA_ROOT/ilsvrc100/train (DATA_ROOT is data unless set), or are
+# those of --imagenet_path that --class_list names.
+exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \
+    --model deformable_detr --dataset_file regions --max_prop 30 --object_embedding_loss --lr_backbone 0 \
+    --imagenet_path "${DATA_ROOT:-data}/ilsvrc100/train" --output_dir exps/DETReg_top30_in100 "$@"
