@@ -1,12 +1,12 @@
-"""Measure how well boxes cover the objects of images, whatever their class: average recall (AR) at 10, 100 and 1000 boxes.
+"""Measure how well boxes cover objects, whatever their class: average recall (AR) at 10, 100 and 1000 boxes per image.
 
     python -m tools.proposal_recall --checkpoint exps/DETReg_top30_in/checkpoint.pth --coco_path data/MSCoco
     python -m tools.proposal_recall --selective_search --coco_path data/MSCoco
 
-The boxes are those that a model finds, be it pre-trained on regions (DETReg) or a trained detector, or selective search's
-proposals, as a baseline. AR at k is COCO's: of all objects, the share that is covered by one of their image's k best
-boxes, each object by a box of its own, averaged over the IoU thresholds 0.5, 0.55, … 0.95 (pycocotools, useCats = 0). Crowds
-and VOC's difficult objects don't count. R50 is the share at the threshold 0.5 alone.
+The boxes are those that a model finds, be it pre-trained on regions (DETReg) or a trained detector, or selective
+search's proposals, as a baseline. AR at k is COCO's: of all objects, the share that is covered by one of their image's
+k best boxes, each object by a box of its own, averaged over the IoU thresholds 0.5, 0.55, … 0.95 (pycocotools,
+useCats = 0). Crowds and VOC's difficult objects don't count. R50 is the share at the threshold 0.5 alone.
 """
 import argparse
 import json
@@ -23,14 +23,13 @@ import main as training
 from datasets import build_dataset
 from datasets.coco import DetectionDataset
 from datasets.coco_eval import CocoEvaluator
-from datasets.image_io import UnreadableImage, read_image
-from datasets.selective_search import GRID, require_opencv, selective_search
+from datasets.image_io import UnreadableImage
+from datasets.selective_search import require_opencv
 from engine import to_device
-from models.deformable_detr import PostProcessFocal
-from models.detr import PostProcess
 from tools.cache_proposals import ProgressLine
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import writing
+from tools.regions import find_objects, search_regions
 from util import recipes
 from util.errors import InputError, run_program
 from util.parallel import imap_in_processes
@@ -78,60 +77,37 @@ def build_images(args: argparse.Namespace, loaded: Optional[Loaded]) -> Tuple[De
     return build_dataset("val", flags), flags
 
 
-def without_classes(outputs: Dict[str, Tensor], sigmoid: bool) -> Dict[str, Tensor]:
-    """Outputs of a detector as those of one that knows a single class, "object".
-
-    Args:
-        outputs: `pred_logits` [B, N, C] for sigmoid classification, [B, N, C + 1] with "no object" for softmax; `pred_boxes`.
-
-    Returns:
-        the same boxes with logits [B, N, 1], whose sigmoid is the most probable class's probability, or [B, N, 2], whose
-        softmax is the probability of all classes together and that of "no object".
-    """
-    logits = outputs["pred_logits"].float()
-    if sigmoid:
-        logits = logits.amax(-1, keepdim=True)
-    else:
-        logits = torch.cat([logits[..., :-1].logsumexp(-1, keepdim=True), logits[..., -1:]], dim=-1)
-    return {"pred_logits": logits, "pred_boxes": outputs["pred_boxes"]}
-
-
-@torch.no_grad()
 def boxes_of_model(loaded: Loaded, loader: Iterable) -> Iterator[Found]:
-    """What a model finds in the images of a loader: the box of each query once."""
-    sigmoid = loaded.args.model == "deformable_detr"
-    model = loaded.model.detr if loaded.args.masks else loaded.model
-    postprocess = PostProcessFocal(max(COUNTS)) if sigmoid else PostProcess()
+    """What a model finds in the images of a loader."""
     for batch in loader:
         (samples,), targets = to_device(batch, torch.device(loaded.args.device))
         sizes = torch.stack([target["orig_size"] for target in targets])
-        for target, found in zip(targets, postprocess(without_classes(model(samples), sigmoid), sizes)):
-            yield int(target["image_id"]), found["boxes"].cpu(), found["scores"].cpu()
+        for target, (boxes, scores) in zip(targets, find_objects(loaded, samples, sizes)):
+            yield int(target["image_id"]), boxes, scores
 
 
 def boxes_of_search(dataset: DetectionDataset, num_workers: Optional[int]) -> Iterator[Found]:
     """Selective search's proposals for all images, scored by their order."""
     paths = [str(dataset.img_folder / dataset.coco.imgs[image_id]["file_name"]) for image_id in dataset.ids]
     try:
-        for image_id, boxes in zip(dataset.ids, imap_in_processes(_search, paths, num_workers)):
+        for image_id, boxes in zip(dataset.ids, imap_in_processes(_search, paths, num_workers, chunksize=4)):
             yield image_id, torch.from_numpy(boxes), torch.linspace(1, 0, len(boxes) + 1)[:-1]
     except UnreadableImage as error:
         raise InputError(str(error)) from error
 
 
 def _search(path: str) -> np.ndarray:
-    """Proposals of an image file, best first, float64 [n, 4], xyxy in its pixels."""
     torch.set_num_threads(1)  # there is a process for each CPU
-    image, (height, width) = read_image(path, GRID)
-    return selective_search(image) * np.array([width, height, width, height]) / GRID
+    return search_regions(path)
 
 
 def average_recall(ground_truth: COCO, found: Iterable[Found]) -> Dict[str, Any]:
     """Evaluate boxes on the images for which there are some, or an empty list of them.
 
     Returns:
-        the numbers of `images`, of their `objects` and of `boxes_per_image` (mean); and by number of boxes, "10", "100" and
-        "1000", a dict of `AR`, `AR_small`, `AR_medium`, `AR_large` and `R50` in 0..1, None where there is no such object.
+        the numbers of `images`, of their `objects` and of `boxes_per_image` (mean); and by number of boxes, "10",
+        "100" and "1000", a dict of `AR`, `AR_small`, `AR_medium`, `AR_large` and `R50` in 0..1, None where there is no
+        such object.
     """
     evaluator = CocoEvaluator(ground_truth, ["bbox"])
     evaluation = evaluator.coco_eval["bbox"]
@@ -139,7 +115,8 @@ def average_recall(ground_truth: COCO, found: Iterable[Found]) -> Dict[str, Any]
     image_ids: List[int] = []
     num_boxes = 0
     for image_id, boxes, scores in found:
-        evaluator.update({image_id: {"boxes": boxes, "scores": scores, "labels": torch.zeros(len(boxes), dtype=torch.int64)}})
+        labels = torch.zeros(len(boxes), dtype=torch.int64)  # not looked at
+        evaluator.update({image_id: {"boxes": boxes, "scores": scores, "labels": labels}})
         image_ids.append(image_id)
         num_boxes += len(boxes)
     evaluator.accumulate()
@@ -156,8 +133,8 @@ def average_recall(ground_truth: COCO, found: Iterable[Found]) -> Dict[str, Any]
 def table(result: Dict[str, Any]) -> str:
     """The figures in percent; "-" where there is no such object."""
     names = [*AREAS, "R50"]
-    rows = [f"{result['objects']:,} objects in {result['images']:,} images; {result['boxes_per_image']:.0f} boxes in an image "
-            "on average", " | ".join(f"{name:>9}" for name in ("boxes", *names))]
+    rows = [f"{result['objects']:,} objects in {result['images']:,} images; {result['boxes_per_image']:.0f} boxes in an "
+            "image on average", " | ".join(f"{name:>9}" for name in ("boxes", *names))]
     for count in COUNTS:
         figures = [result[str(count)][name] for name in names]
         rows.append(" | ".join(f"{text:>9}" for text in (

@@ -11,7 +11,8 @@ from PIL import Image
 from datasets.coco import index_ground_truth
 from datasets.toy import ToySettings, write_toy
 from tools import proposal_recall
-from tools.proposal_recall import average_recall, table, without_classes
+from tools.proposal_recall import average_recall, table
+from tools.regions import without_classes
 
 
 def ground_truth(*objects: Dict[str, Any]) -> Any:
