@@ -133,8 +133,9 @@ def average_recall(ground_truth: COCO, found: Iterable[Found]) -> Dict[str, Any]
 def table(result: Dict[str, Any]) -> str:
     """The figures in percent; "-" where there is no such object."""
     names = [*AREAS, "R50"]
-    rows = [f"{result['objects']:,} objects in {result['images']:,} images; {result['boxes_per_image']:.0f} boxes in an "
-            "image on average", " | ".join(f"{name:>9}" for name in ("boxes", *names))]
+    rows = [f"{result['objects']:,} objects in {result['images']:,} images; "
+            f"{result['boxes_per_image']:.0f} boxes in an image on average",
+            " | ".join(f"{name:>9}" for name in ("boxes", *names))]
     for count in COUNTS:
         figures = [result[str(count)][name] for name in names]
         rows.append(" | ".join(f"{text:>9}" for text in (

@@ -18,7 +18,7 @@ require_program() {
     fi
 }
 
-# place_processes PROCESSES: sets nodes and per_node, of which GPUS_PER_NODE (8) and NNODES say as much as they are set to.
+# place_processes PROCESSES: sets nodes and per_node, as far as they are set by GPUS_PER_NODE (8) and NNODES.
 place_processes() {
     require_count PROCESSES "$1"
     require_count GPUS_PER_NODE "${GPUS_PER_NODE:-8}"

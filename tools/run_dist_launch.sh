@@ -2,8 +2,8 @@
 # Runs a script in several processes, by torchrun: ./tools/run_dist_launch.sh PROCESSES SCRIPT [FLAG ...]
 #
 #   GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 8 ./configs/DETReg_top30_in.sh --batch_size 24 --num_workers 8
-#   GPUS_PER_NODE=8 NODE_RANK=0 MASTER_ADDR=gpu1 ./tools/run_dist_launch.sh 16 ./configs/DETReg_top30_in.sh     # on gpu1
-#   GPUS_PER_NODE=8 NODE_RANK=1 MASTER_ADDR=gpu1 ./tools/run_dist_launch.sh 16 ./configs/DETReg_top30_in.sh     # on gpu2
+#   NODE_RANK=0 MASTER_ADDR=gpu1 ./tools/run_dist_launch.sh 16 ./configs/DETReg_top30_in.sh     # on gpu1
+#   NODE_RANK=1 MASTER_ADDR=gpu1 ./tools/run_dist_launch.sh 16 ./configs/DETReg_top30_in.sh     # on gpu2
 #
 # PROCESSES is their number on all nodes, one for each GPU; a node without GPUs runs them on its CPUs. Environment:
 #   GPUS_PER_NODE  the most processes on a node (8)

@@ -8,7 +8,8 @@
 #   GPUS_PER_NODE  the most processes on a node (8)
 #   NNODES         nodes (as few as GPUS_PER_NODE allows)
 #   CPUS_PER_TASK  CPUs of each process (5)
-#   SRUN_ARGS      other options of srun, which win: "--time=8:00:00 --account=vision"; "--gres=none" for nodes without GPUs
+#   SRUN_ARGS      other options of srun, which win: "--time=8:00:00 --account=vision"; "--gres=none" where there are
+#                  no GPUs
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/run_dist_checks.sh"
 

@@ -45,8 +45,8 @@ def best_boxes(path: str, loaded: Loaded, count: int) -> Tuple[Tensor, Tensor, T
     """The best proposals in an image file and the best boxes of the model.
 
     Returns:
-        the image uint8 [3, H, W]; in its pixels, xyxy boxes [n, 4] of selective search and of the model, n <= count, the
-        best first.
+        the image uint8 [3, H, W]; in its pixels, xyxy boxes [n, 4] of selective search and of the model, n <= count,
+        the best first.
 
     Raises:
         InputError: if the file can't be read.

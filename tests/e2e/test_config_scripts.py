@@ -23,7 +23,8 @@ SMALL_FINE_TUNE = [*SMALL, *"--train_sizes 64 --val_size 64 --max_size 96".split
 PUBLISHED = {
     PRETRAIN: dict(num_patches=10, feature_recon=True, fre_cnn=True, lr_backbone=0, eos_coef=0.1),
     f"{PRETRAIN}_1patch": dict(num_patches=1, feature_recon=True, fre_cnn=True, lr_backbone=0, eos_coef=0.01),
-    f"{PRETRAIN}_no_reconstruction": dict(num_patches=10, feature_recon=False, fre_cnn=True, lr_backbone=0, eos_coef=0.1),
+    f"{PRETRAIN}_no_reconstruction": dict(num_patches=10, feature_recon=False, fre_cnn=True, lr_backbone=0,
+                                          eos_coef=0.1),
     f"{PRETRAIN}_unfrozen_cnn": dict(num_patches=10, feature_recon=True, fre_cnn=False, lr_backbone=1e-4, eos_coef=0.1),
     **{f"{FINE_TUNE}_{data}_{epochs}ep": dict(dataset_file=data, epochs=epochs, lr_drop=drop, lr_backbone=5e-5)
        for data in ("coco", "voc") for epochs, drop in ((150, 100), (300, 200))},
@@ -49,7 +50,8 @@ def said(name, *flags):
 def test_every_recipe_is_a_training_and_what_is_appended_wins(name):
     args = said(name)
     assert args.output_dir == f"exps/{name.removesuffix('.sh')}"
-    assert any(str(getattr(args, flag)).startswith("/data of all/") for flag in ("coco_path", "voc_path", "imagenet_path"))
+    paths = [getattr(args, flag) for flag in ("coco_path", "voc_path", "imagenet_path") if getattr(args, flag)]
+    assert len(paths) == 1 and paths[0].startswith("/data of all/")
     changed = said(name, "--epochs", "7", "--output_dir", "my run", "--batch_size", "3")
     assert (changed.epochs, changed.output_dir, changed.batch_size) == (7, "my run", 3)
 
@@ -86,7 +88,8 @@ def pretrained(data_root, tmp_path_factory):
 @pytest.mark.parametrize("name", UPDETR)
 def test_up_detr_trains_on_two_processes_and_goes_on_with_one(name, data_root, pretrained, tmp_path):
     pretraining = name.startswith(PRETRAIN)
-    small = [*(SMALL_PRETRAIN if pretraining else [*SMALL_FINE_TUNE, "--pretrain", pretrained]), "--output_dir", tmp_path]
+    small = [*(SMALL_PRETRAIN if pretraining else [*SMALL_FINE_TUNE, "--pretrain", pretrained]),
+             "--output_dir", tmp_path]
     first = run_config(name, small, data_root, processes=2)
     before = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
     second = run_config(name, [*small, "--epochs", 2, "--resume", "auto"], data_root)

@@ -20,9 +20,10 @@ OWN = ("GPUS_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CP
 def start(*words, **environment):
     """Start a launcher; what the environment of the tests says to launchers doesn't reach it."""
     inherited = {name: value for name, value in os.environ.items() if name not in OWN}
-    return subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
-        **inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable,
-        **{name: str(value) for name, value in environment.items()}})
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable,
+                   **{name: str(value) for name, value in environment.items()}}
+    return subprocess.Popen(list(map(str, words)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=environment)
 
 
 def finish(launched):
@@ -40,7 +41,8 @@ def data_root(tmp_path_factory):
 def by_torchrun(data_root, tmp_path_factory):
     """The weights that two processes of torchrun end with."""
     out = tmp_path_factory.mktemp("torchrun")
-    run(["main.py", "--model", "deformable_detr", "--coco_path", data_root / "MSCoco", *SMALL, "--output_dir", out], "torchrun")
+    run(["main.py", "--model", "deformable_detr", "--coco_path", data_root / "MSCoco", *SMALL, "--output_dir", out],
+        "torchrun")
     return weights(out)
 
 
@@ -88,7 +90,8 @@ TORCHRUN = "-m torch.distributed.run"
     (4, {}, "--standalone --nproc_per_node=4"),
     (8, {"GPUS_PER_NODE": 8}, "--standalone --nproc_per_node=8"),
     (16, {"NNODES": 1}, "--standalone --nproc_per_node=16"),
-    (4, {"MASTER_PORT": 5000}, "--nnodes=1 --node_rank=0 --master_addr=127.0.0.1 --master_port=5000 --nproc_per_node=4"),
+    (4, {"MASTER_PORT": 5000},
+     "--nnodes=1 --node_rank=0 --master_addr=127.0.0.1 --master_port=5000 --nproc_per_node=4"),
     (16, {"NODE_RANK": 1, "MASTER_ADDR": "gpu1"},
      "--nnodes=2 --node_rank=1 --master_addr=gpu1 --master_port=29500 --nproc_per_node=8"),
     (6, {"GPUS_PER_NODE": 4, "NNODES": 3, "NODE_RANK": 2, "MASTER_ADDR": "gpu1", "MASTER_PORT": 1},

@@ -17,9 +17,9 @@ from tools.regions import without_classes
 
 def ground_truth(*objects: Dict[str, Any]) -> Any:
     """Two images of 400 x 400 pixels; an object needs `image_id` and `bbox` (x, y, width, height)."""
-    annotations = [{"id": number, "category_id": number % 3 + 1, "iscrowd": 0, "area": item["bbox"][2] * item["bbox"][3], **item}
-                   for number, item in enumerate(objects)]
-    return index_ground_truth({"images": [{"id": 1, "width": 400, "height": 400}, {"id": 2, "width": 400, "height": 400}],
+    annotations = [{"id": number, "category_id": number % 3 + 1, "iscrowd": 0,
+                    "area": item["bbox"][2] * item["bbox"][3], **item} for number, item in enumerate(objects)]
+    return index_ground_truth({"images": [{"id": image_id, "width": 400, "height": 400} for image_id in (1, 2)],
                                "categories": [{"id": number, "name": str(number)} for number in (1, 2, 3)],
                                "annotations": annotations})
 
@@ -33,7 +33,7 @@ MISS = [390.0, 390.0, 399.0, 399.0]
 
 
 def test_recall_counted_by_hand() -> None:
-    """An exact box first, an exact one at rank 11, and at rank 101 one of IoU 0.8, which seven thresholds of ten accept."""
+    """An exact box first, an exact one at rank 11, and at rank 101 one of IoU 0.8, which 7 thresholds of 10 accept."""
     objects = ground_truth({"image_id": 1, "bbox": [10, 10, 100, 100]}, {"image_id": 1, "bbox": [200, 200, 50, 50]},
                            {"image_id": 2, "bbox": [0, 0, 20, 20]})
     result = average_recall(objects, [found(1, *[MISS] * 10, [10, 10, 110, 110], *[MISS] * 89, [200, 200, 250, 240]),
@@ -51,7 +51,8 @@ def test_a_box_covers_one_object_whatever_its_class() -> None:
 
 
 def test_crowds_and_difficult_objects_do_not_count() -> None:
-    objects = ground_truth({"image_id": 1, "bbox": [0, 0, 50, 50]}, {"image_id": 1, "bbox": [99, 0, 50, 50], "iscrowd": 1},
+    objects = ground_truth({"image_id": 1, "bbox": [0, 0, 50, 50]},
+                           {"image_id": 1, "bbox": [99, 0, 50, 50], "iscrowd": 1},
                            {"image_id": 2, "bbox": [0, 0, 50, 50], "difficult": 1})
     result = average_recall(objects, [found(1, [0, 0, 50, 50]), found(2)])
     assert (result["objects"], result["boxes_per_image"], result["10"]["AR"]) == (1, 0.5, pytest.approx(1))
@@ -71,7 +72,8 @@ def test_a_query_is_an_object_as_surely_as_its_classes_say() -> None:
     assert torch.allclose(mine["pred_logits"].softmax(-1), torch.tensor([[[0.7, 0.3], [0.2, 0.8]]]))
     assert mine["pred_boxes"] is outputs["pred_boxes"]
     outputs["pred_logits"] = probability.logit()
-    assert torch.allclose(without_classes(outputs, sigmoid=True)["pred_logits"].sigmoid(), torch.tensor([[[0.5], [0.8]]]))
+    mine = without_classes(outputs, sigmoid=True)
+    assert torch.allclose(mine["pred_logits"].sigmoid(), torch.tensor([[[0.5], [0.8]]]))
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +93,10 @@ def test_boxes_of_a_model(changes: Dict[str, Any], flag: str, place: str, save_m
                           tmp_path: Path, run_main: Callable) -> None:
     """Each of its 12 queries gives a box, also where several of its classes are probable."""
     checkpoint = save_model("detector.pth", val_size=64, max_size=80, **changes)
-    printed = run_main(proposal_recall, ["--checkpoint", checkpoint, flag, toy / place, "--device", "cpu", "--batch_size", 2,
-                                         "--num_workers", 0, "--output", tmp_path / "out" / "recall.json"])
-    result = figures(tmp_path / "out" / "recall.json")
+    output = tmp_path / "out" / "recall.json"
+    printed = run_main(proposal_recall, ["--checkpoint", checkpoint, flag, toy / place, "--device", "cpu",
+                                         "--batch_size", 2, "--num_workers", 0, "--output", output])
+    result = figures(output)
     assert (result["images"], result["boxes_per_image"]) == (3, 12) and result["100"] == result["1000"]
     assert printed.endswith(table(result) + "\n") and "12 boxes in an image on average" in printed
 
@@ -106,15 +109,16 @@ def test_selective_search_finds_what_stands_out(tmp_path: Path, run_main: Callab
     (tmp_path / "images").mkdir()
     Image.fromarray(pixels).save(tmp_path / "images" / "scene.png")
     (tmp_path / "annotations.json").write_text(json.dumps({
-        "images": [{"id": 7, "file_name": "scene.png", "width": 200, "height": 100}], "categories": [{"id": 1, "name": "a"}],
-        "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [50, 25, 100, 50], "area": 5000, "iscrowd": 0}]}))
-    run_main(proposal_recall, ["--selective_search", "--val_images", tmp_path / "images", "--val_annotations",
-                               tmp_path / "annotations.json", "--num_workers", 0, "--output", tmp_path / "recall.json"])
+        "images": [{"id": 7, "file_name": "scene.png", "width": 200, "height": 100}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [50, 25, 100, 50], "area": 5000}]}))
+    words = ["--selective_search", "--val_images", tmp_path / "images", "--val_annotations",
+             tmp_path / "annotations.json", "--num_workers", 0]
+    run_main(proposal_recall, [*words, "--output", tmp_path / "recall.json"])
     result = figures(tmp_path / "recall.json")
     assert result["objects"] == 1 and result["10"]["R50"] == 1 and result["10"]["AR"] >= 0.9
     (tmp_path / "images" / "scene.png").write_bytes(b"no image")
-    message = run_main(proposal_recall, ["--selective_search", "--val_images", tmp_path / "images", "--val_annotations",
-                                         tmp_path / "annotations.json", "--num_workers", 0], status=2)
+    message = run_main(proposal_recall, words, status=2)
     assert message.startswith(f"error: image file {tmp_path}/images/scene.png cannot be decoded")
 
 
