@@ -365,7 +365,8 @@ def agree_on_seed(args: argparse.Namespace) -> None:
 
 def follow_positions(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
     """Let a DETR count positions as the model does that it starts from, unless the flags say how."""
-    if args.model == "detr" and args.position_from_centre is None and counts_from_centre(checkpoint):
+    sine = args.model == "detr" and args.position_embedding == "sine"
+    if sine and args.position_from_centre is None and counts_from_centre(checkpoint):
         args.position_from_centre = True
         print_main(f"positions count to a pixel's centre, as in {args.resume or args.frozen_weights or args.pretrain}")
 

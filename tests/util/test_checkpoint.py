@@ -1,5 +1,6 @@
 """A checkpoint on disk is whole or absent, reading one never executes code, and every mistake is one sentence."""
 import argparse
+import copy
 import hashlib
 import http.server
 import io
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from models import build_model
-from util.checkpoint import (checkpoint_args, describe_kind, load_checkpoint, load_model_strictly, load_pretrained,
-                             model_state, random_state, save_checkpoint, set_random_state)
+from util.checkpoint import (checkpoint_args, counts_from_centre, describe_kind, load_checkpoint, load_model_strictly,
+                             load_pretrained, model_state, random_state, save_checkpoint, set_random_state)
 from util.errors import InputError
 
 
@@ -304,7 +305,10 @@ def models(tiny_args):
     kinds = {"detr": {}, "pre_norm": dict(pre_norm=True), "other_classes": dict(num_classes=7),
              "updetr": dict(pretraining=True, pre_norm=True), "cut": dict(backbone_last_layer="layer3"),
              "masks": dict(masks=True), "deformable": dict(model="deformable_detr"),
-             "two_stage": dict(model="deformable_detr", two_stage=True, with_box_refine=True, num_feature_levels=1)}
+             "two_stage": dict(model="deformable_detr", two_stage=True, with_box_refine=True, num_feature_levels=1),
+             "detreg": dict(dataset_file="regions", model="detr", object_embedding_loss=True),
+             "detreg_two_stage": dict(dataset_file="regions", model="deformable_detr", two_stage=True,
+                                      with_box_refine=True, num_feature_levels=1, object_embedding_loss=True)}
     built = {}
 
     def get(kind):
@@ -325,6 +329,8 @@ def test_kinds_of_models_in_words(models):
     assert describe_kind(models("deformable").state_dict()) == "a Deformable DETR with 4 feature levels and 5 classes"
     assert describe_kind(models("two_stage").state_dict()) == (
         "a two-stage Deformable DETR with box refinement, with 1 feature level and 5 classes")
+    assert describe_kind(models("detreg").state_dict()) == (
+        "a DETReg pre-training model: a post-norm DETR with 5 classes")
     assert describe_kind({"weight": torch.zeros(1)}) == "something else than a detector"
 
 
@@ -348,6 +354,36 @@ def test_loading_strictly_takes_every_tensor(models, tiny_args):
     model = build_model(tiny_args())[0]
     load_model_strictly(model, {"model": models("detr").state_dict()}, "a.pth")
     assert all(torch.equal(value, models("detr").state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("pretraining, finetuning", [("detreg", "detr"), ("detreg_two_stage", "two_stage")])
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_detregs_class_stays_behind_unless_it_is_to_be_kept(pretraining, finetuning, reset, models, tiny_args):
+    """Whatever its shape, and under every name that it has."""
+    model = copy.deepcopy(models(finetuning))
+    state = models(pretraining).state_dict()
+    report = load_pretrained(model, {"model": state}, "detreg.pth", reset_classes=reset)
+    assert {name.split(".")[0] for name in report["skipped"]} - {"class_embed", "transformer"} == {"feature_embed"}
+    assert all("class_embed" in name for name in report["missed"]) and bool(report["missed"]) == reset
+    for name, value in model.state_dict().items():
+        if not name.endswith("bias"):  # biases may start alike
+            assert torch.equal(value, state[name]) == (not reset or "class_embed" not in name), name
+
+
+def test_a_pre_training_without_embeddings_is_told_by_its_flags(models):
+    state, model = models("other_classes").state_dict(), copy.deepcopy(models("other_classes"))
+    for dataset_file, count in (("coco", 0), ("regions", 2)):
+        report = load_pretrained(model, {"model": state, "args": {"dataset_file": dataset_file}}, "a.pth")
+        assert len(report["missed"]) == count
+
+
+@pytest.mark.parametrize("checkpoint, from_centre", [
+    ({}, False), ({"args": {"lr": 1}}, False), ({"args": {"position_from_centre": True}}, True),
+    ({"args": {"position_from_centre": None, "obj_embedding_head": "head"}}, False),
+    # DETReg's own program kept its flags like this.
+    ({"args": argparse.Namespace(obj_embedding_head="intermediate", model="detr")}, True)])
+def test_how_a_checkpoints_detr_counts_positions(checkpoint, from_centre):
+    assert counts_from_centre(checkpoint) == from_centre
 
 
 def test_fine_tuning_starts_from_whatever_fits(models, tiny_args, capsys):

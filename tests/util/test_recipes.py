@@ -161,6 +161,58 @@ def test_flags_of_regions_and_subsets():
         assert resolved("--dataset_file", name, "--filter_pct", -1).filter_pct == -1
 
 
+REGIONS = dict(lr_drop=40, lr_backbone=0, load_backbone="swav", load_embedding="swav", object_embedding_loss=False,
+               obj_embedding_head="intermediate", object_embedding_coef=1, strategy="topk", max_prop=30, batch_size=4)
+
+
+@pytest.mark.parametrize("model, expected", [
+    ("deformable_detr", dict(**REGIONS, epochs=50, lr=2e-4, num_queries=300, cls_loss_coef=2, position_from_centre=None)),
+    ("detr", dict(**REGIONS, epochs=60, lr=1e-4, num_queries=100, cls_loss_coef=1, eos_coef=0.1,
+                  position_from_centre=True))])
+def test_published_defaults_of_detreg(model, expected):
+    args = resolved("--model", model, "--dataset_file", "regions")
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert resolved("--dataset_file", "regions").model == "deformable_detr" and resolved().model == "detr"
+    assert resolved("--dataset_file", "regions", "--load_backbone", "a.pth").load_embedding == "a.pth"
+
+
+@pytest.mark.parametrize("dataset, dataset_file, flag, path", [
+    ("imagenet", "regions", "imagenet_path", "data/ilsvrc/train"),
+    ("imagenet100", "regions", "imagenet_path", "data/ilsvrc100/train"),
+    ("coco_pretrain", "regions", "imagenet_path", "data/MSCoco/train2017"),
+    ("coco", "coco", "coco_path", "data/MSCoco"), ("voc", "voc", "voc_path", "data/pascal/VOCdevkit")])
+def test_detregs_names_of_data(dataset, dataset_file, flag, path):
+    args = resolved("--dataset", dataset)
+    assert (args.dataset_file, getattr(args, flag)) == (dataset_file, path)
+    assert getattr(resolved("--dataset", dataset, "--data_root", "/here"), flag) == path.replace("data", "/here", 1)
+    assert getattr(resolved("--dataset", dataset, f"--{flag}", "there"), flag) == "there"
+    recipes.require_data(args)
+    with pytest.raises(InputError, match=f"^--data_root /here has no effect with --{flag}, which says where the images "):
+        resolved("--dataset", dataset, "--data_root", "/here", f"--{flag}", "there")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--data_root", "x"), "--data_root x has no effect without --dataset, which says what of it to use"),
+    (("--dataset", "imagenet", "--dataset_file", "coco"),
+     "--dataset imagenet means --dataset_file regions, not coco"),
+    (("--dataset_file", "regions", "--obj_embedding_head", "head"),
+     "--obj_embedding_head has no effect without --object_embedding_loss"),
+    (("--dataset_file", "regions", "--load_embedding", "swav"),
+     "--load_embedding has no effect without --object_embedding_loss"),
+    (("--dataset_file", "coco", "--object_embedding_loss"),
+     "--object_embedding_loss has no effect with --dataset_file coco; it belongs to regions"),
+    (("--reset_embedding_layer", 0),
+     "--reset_embedding_layer 0 has no effect without --pretrain, whose class heads it keeps"),
+    (("--position_from_centre", "--position_embedding", "learned"),
+     "--position_from_centre has no effect without --position_embedding sine"),
+    (("--model", "deformable_detr", "--position_from_centre"),
+     "--position_from_centre is for --model detr only, not for deformable_detr"),
+    (("--save_every", 0), "--save_every 0 must be at least 1")])
+def test_flags_of_detreg_that_mean_nothing(flags, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        resolved(*flags)
+
+
 @pytest.mark.parametrize("flags", [("--frozen_weights", "x.pth"), ("--mask_loss_coef", 1), ("--dice_loss_coef", 2),
                                    ("--mask_softmax", "per_head")])
 def test_flags_of_masks_need_masks(flags):
