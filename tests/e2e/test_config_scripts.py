@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from commands import ROOT, SMALL_MODEL, run_config, write_data_root
+from commands import ROOT, SMALL_MODEL, run, write_data_root
 from main import get_args_parser
 from util import recipes
 
@@ -33,15 +33,20 @@ COMMON = {PRETRAIN: dict(dataset_file="imagenet", epochs=60, lr_drop=40, batch_s
           FINE_TUNE: dict(pretrain=f"exps/{PRETRAIN}/checkpoint.pth")}
 
 
+def words(name, *flags, data_root):
+    """The words with which a recipe starts main.py."""
+    environment = {**os.environ, "PYTHON": str(ROOT / "tests" / "e2e" / "print_words.sh"), "DATA_ROOT": str(data_root)}
+    printed = subprocess.run([f"./configs/{name}", *map(str, flags)], cwd=ROOT, env=environment, text=True,
+                             capture_output=True, check=True).stdout
+    unbuffered, program, *rest = shlex.split(printed)
+    assert unbuffered == "-u" and os.path.samefile(ROOT / program, ROOT / "main.py")
+    return rest
+
+
 def said(name, *flags):
-    """The flags that a recipe gives to main.py, resolved."""
-    environment = {**os.environ, "PYTHON": str(ROOT / "tests" / "e2e" / "print_words.sh"), "DATA_ROOT": "/data of all"}
-    printed = subprocess.run([f"./configs/{name}", *flags], cwd=ROOT, env=environment, text=True, capture_output=True,
-                             check=True).stdout
-    words = shlex.split(printed)
-    assert words[0] == "-u" and os.path.samefile(ROOT / words[1], ROOT / "main.py")
-    args = argparse.ArgumentParser(parents=[get_args_parser()], allow_abbrev=False).parse_args(words[2:])
-    args.device = "cpu"
+    """What a recipe says to main.py, defaults filled in."""
+    parser = argparse.ArgumentParser(parents=[get_args_parser()], allow_abbrev=False)
+    args = parser.parse_args([*words(name, *flags, data_root="/data of all"), "--device", "cpu"])
     recipes.require_data(recipes.resolve(args))
     return args
 
@@ -79,28 +84,50 @@ def data_root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pretrained(data_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("pretrained")
-    run_config(f"{PRETRAIN}.sh", [*SMALL_PRETRAIN, "--output_dir", out], data_root)
-    return out / "checkpoint.pth"
+def runs(data_root, tmp_path_factory):
+    """Run every recipe for an epoch with two processes, and on for a second one with one process.
+
+    Fine-tunings start from what the pre-training left. Gives the folder of all runs, the weights after the first epoch,
+    and what was printed with two processes and with one.
+    """
+    folder = tmp_path_factory.mktemp("exps")
+    first, second = [], []
+    for name in sorted(UPDETR, key=lambda name: name.startswith(FINE_TUNE)):
+        flags = ["--output_dir", folder / name, "--device", "cpu"]
+        flags += SMALL_PRETRAIN if name.startswith(PRETRAIN) else [
+            *SMALL_FINE_TUNE, "--pretrain", folder / f"{PRETRAIN}.sh" / "checkpoint.pth"]
+        first.append(words(name, *flags, data_root=data_root))
+        second.append([*first[-1], "--epochs", "2", "--resume", "auto"])
+    printed, weights = [], {}
+    for launcher, trainings in (("torchrun", first), ("single", second)):
+        (folder / "trainings.json").write_text(json.dumps(trainings))
+        printed.append(run(["tests/e2e/run_trainings.py", folder / "trainings.json"], launcher,
+                           env={"PYTHONPATH": str(ROOT)}, timeout=300).stdout)
+        weights = weights or {name: weights_of(folder / name) for name in UPDETR}
+    return folder, weights, *printed
+
+
+def weights_of(out):
+    return torch.load(out / "checkpoint.pth", weights_only=True)["model"]
+
+
+def test_up_detr_runs_with_two_processes_and_with_one(runs):
+    folder, _, first, second = runs
+    assert first.count("distributed: 2 processes, gloo") == len(UPDETR) and "distributed" not in second
+    assert first.count("pretrain: loaded") == 4 and second.count("continuing with epoch 1") == len(UPDETR)
 
 
 @pytest.mark.parametrize("name", UPDETR)
-def test_up_detr_trains_on_two_processes_and_goes_on_with_one(name, data_root, pretrained, tmp_path):
+def test_up_detr_trains_what_its_recipe_says(name, runs):
+    folder, weights, _, _ = runs
     pretraining = name.startswith(PRETRAIN)
-    small = [*(SMALL_PRETRAIN if pretraining else [*SMALL_FINE_TUNE, "--pretrain", pretrained]),
-             "--output_dir", tmp_path]
-    first = run_config(name, small, data_root, processes=2)
-    before = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
-    second = run_config(name, [*small, "--epochs", 2, "--resume", "auto"], data_root)
-    after = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
-    assert "distributed: 2 processes, gloo" in first and "continuing with epoch 1" in second
-    assert ("patch2query.weight" in after) == pretraining and ("pretrain: loaded" in first) == (not pretraining)
+    before, after = weights[name], weights_of(folder / name)
+    assert ("patch2query.weight" in after) == pretraining
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     trains_cnn = not pretraining or "unfrozen" in name
     assert {"query_embed.weight", "bbox_embed.layers.2.weight"} <= changed
     assert any(key.startswith("backbone.0.body.layer4") for key in changed) == trains_cnn
-    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / name / "log.txt").read_text().splitlines()]
     assert len(lines) == 2 and all(0 < line["train_loss"] < 1000 for line in lines)
     assert all(("train_loss_feature" in line) == (pretraining and "no_rec" not in name) for line in lines)
     assert all(("test_coco_eval_bbox" in line) == (not pretraining) for line in lines)
