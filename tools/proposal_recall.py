@@ -112,10 +112,12 @@ def average_recall(ground_truth: COCO, found: Iterable[Found]) -> Dict[str, Any]
     evaluator = CocoEvaluator(ground_truth, ["bbox"])
     evaluation = evaluator.coco_eval["bbox"]
     evaluation.params.useCats, evaluation.params.maxDets = 0, list(COUNTS)
+    # Without classes pycocotools still passes over what has none of the ground truth's: all boxes get the first.
+    label = min(evaluation.params.catIds, default=0)
     image_ids: List[int] = []
     num_boxes = 0
     for image_id, boxes, scores in found:
-        labels = torch.zeros(len(boxes), dtype=torch.int64)  # not looked at
+        labels = torch.full((len(boxes),), label)
         evaluator.update({image_id: {"boxes": boxes, "scores": scores, "labels": labels}})
         image_ids.append(image_id)
         num_boxes += len(boxes)

@@ -79,7 +79,7 @@ def test_a_query_is_an_object_as_surely_as_its_classes_say() -> None:
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "toy"
-    write_toy(folder, ToySettings(image_size=64, num_unlabelled=1, num_train=2, num_val=3))
+    write_toy(folder, ToySettings(image_size=64, num_unlabelled=1, num_train=20, num_val=3))
     return folder
 
 
