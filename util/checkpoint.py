@@ -234,7 +234,8 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,
         names of tensors `loaded`, `skipped` (in the checkpoint, not used) and `missed` (in the model, not filled).
 
     Raises:
-        InputError: if nothing fits, or if the model's backbone would stay without weights.
+        InputError: if nothing fits, if one of the two is a Deformable DETR and the other isn't, or if the model's backbone
+            would stay without weights.
     """
     state, own = model_state(checkpoint, location), model.state_dict()
     pretext_only = "patch2query.weight" in state and "patch2query.weight" not in own
@@ -244,6 +245,9 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,
     fits = {name: value for name, value in state.items()
             if name in own and own[name].shape == value.shape and not (pretext_only and _is_class_head(name))}
     report = {"loaded": sorted(fits), "skipped": sorted(set(state) - set(fits)), "missed": sorted(set(own) - set(fits))}
+    if ("transformer.level_embed" in state) != ("transformer.level_embed" in own):
+        raise InputError(f"--pretrain {location} holds {describe_kind(state)} but the flags describe {describe_kind(own)}; "
+                         "is --model the one that it was trained with? (for its backbone alone: --load_backbone)")
     if not fits:
         raise InputError(f"--pretrain {location} holds {describe_kind(state)}; none of its tensors fits {describe_kind(own)}")
     if any(_is_backbone(name) for name in report["missed"]):

@@ -3,11 +3,14 @@
 python run_trainings.py FILE, alone or under torchrun.
 """
 import json
+import os
 import sys
 
 from main import get_args_parser, main
 
 if __name__ == "__main__":
     with open(sys.argv[1]) as file:
-        for flags in json.load(file):
-            main(get_args_parser().parse_args(flags))
+        for i, flags in enumerate(json.load(file)):
+            # A place of its own to meet: the launcher's still knows the processes of the training before.
+            meet = ["--dist_url", f"file://{os.path.abspath(sys.argv[1])}.{i}"]
+            main(get_args_parser().parse_args([*flags, *meet]))

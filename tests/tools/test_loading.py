@@ -65,6 +65,19 @@ def test_a_deformable_detr_comes_back_whole(save_model: Callable[..., Path], cha
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("model", ["detr", "deformable_detr"])
+def test_a_detreg_comes_back_as_the_detector_of_regions_that_it_is(save_model: Callable[..., Path], model: str) -> None:
+    path = save_model("model.pth", class_names={1: "region"}, model=model, dataset_file="regions",
+                      object_embedding_loss=True)
+    loaded, args, class_names, _ = load_model(str(path), DETECTOR, "cpu")
+    stored = torch.load(path, weights_only=True)["model"]
+    assert class_names == {1: "region"} and bool(args.position_from_centre) == (model == "detr")
+    assert loaded.backbone[1].shift == 0.5
+    assert {name for name in stored if name not in loaded.state_dict()} == {
+        f"feature_embed.layers.{layer}.{part}" for layer in (0, 1) for part in ("weight", "bias")}
+    assert all(torch.equal(value, stored[name]) for name, value in loaded.state_dict().items())
+
+
 def test_heads_of_a_deformable_detr_must_share_its_points(save_model: Callable[..., Path], tmp_path: Path) -> None:
     state = torch.load(save_model("model.pth", model="deformable_detr", nheads=2, enc_n_points=1, dec_n_points=1),
                        weights_only=True)["model"]

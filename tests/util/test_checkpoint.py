@@ -370,6 +370,15 @@ def test_a_detregs_class_stays_behind_unless_it_is_to_be_kept(pretraining, finet
             assert torch.equal(value, state[name]) == (not reset or "class_embed" not in name), name
 
 
+@pytest.mark.parametrize("pretraining, model, words", [
+    ("deformable", "detr", "a Deformable DETR with 4 feature levels and 5 classes but the flags describe a post-norm DETR "
+     "with 5 classes; is --model the one"),
+    ("detreg", "deformable", "a DETReg pre-training model: a post-norm DETR with 5 classes but the flags describe a Deformable")])
+def test_a_detector_doesnt_start_from_another_kind_of_detector(pretraining, model, words, models):
+    with pytest.raises(InputError, match=f"^--pretrain a.pth holds {words}"):
+        load_pretrained(models(model), {"model": models(pretraining).state_dict()}, "a.pth")
+
+
 def test_a_pre_training_without_embeddings_is_told_by_its_flags(models):
     state, model = models("other_classes").state_dict(), copy.deepcopy(models("other_classes"))
     for dataset_file, count in (("coco", 0), ("regions", 2)):
