@@ -113,7 +113,7 @@ def weights_of(out):
 
 def test_up_detr_runs_with_two_processes_and_with_one(runs):
     folder, _, first, second = runs
-    assert first.count("distributed: 2 processes, gloo") == len(UPDETR) and "distributed" not in second
+    assert first.count("distributed: 2 processes, gloo") == len(UPDETR) and "distributed: " not in second
     assert first.count("pretrain: loaded") == 4 and second.count("continuing with epoch 1") == len(UPDETR)
 
 
