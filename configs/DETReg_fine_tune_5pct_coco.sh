@@ -4,7 +4,7 @@
 #
 # Expected: see the paper, sec. 4.
 #   We have not trained it to the end ourselves, so there is no hardware and time to state.
-# Run:      torchrun --nproc_per_node=8 --no-python ./configs/DETReg_fine_tune_5pct_coco.sh --batch_size 3
+# Run:      GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 8 ./configs/DETReg_fine_tune_5pct_coco.sh --batch_size 3
 # Evaluate: ./configs/DETReg_fine_tune_5pct_coco.sh --eval --resume exps/DETReg_fine_tune_5pct_coco/checkpoint.pth
 # Before:   ./configs/DETReg_top30_coco.sh, or give --pretrain FILE_OR_URL.
 # Flags that are given win. The data lies in $DATA_ROOT/MSCoco (DATA_ROOT is data unless set), or in --coco_path.

@@ -4,7 +4,7 @@
 #
 # Expected: a detector of regions, to be fine-tuned; see the paper, sec. 4, for what comes of it.
 #   We have not trained it to the end ourselves, so there is no hardware and time to state.
-# Run:      torchrun --nproc_per_node=8 --no-python ./configs/DETReg_top30_in_detr.sh --batch_size 24
+# Run:      GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 8 ./configs/DETReg_top30_in_detr.sh --batch_size 24
 # Before:   python -m tools.cache_proposals --imagenet_path data/ilsvrc/train --cache_path cache/ilsvrc --num_workers 16
 #   and add --cache_path cache/ilsvrc; else selective search runs in every epoch anew.
 # Fine-tune: python main.py --pre_norm --coco_path data/MSCoco --pretrain exps/DETReg_top30_in_detr/checkpoint.pth

@@ -4,7 +4,7 @@
 #
 # Expected: see the paper, table 1.
 #   We have not trained it to the end ourselves, so there is no hardware and time to state.
-# Run:      torchrun --nproc_per_node=8 --no-python ./configs/r50_deformable_detr_single_scale.sh --batch_size 4
+# Run:      GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 8 ./configs/r50_deformable_detr_single_scale.sh --batch_size 4
 # Evaluate: ./configs/r50_deformable_detr_single_scale.sh --eval --resume FILE_OR_URL
 # Flags that are given win. The data lies in $DATA_ROOT/MSCoco (DATA_ROOT is data unless set), or in --coco_path.
 exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \

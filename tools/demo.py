@@ -1,6 +1,8 @@
 """The main job from nothing to pictures: make a small world, pre-train UP-DETR on its unlabelled images, fine-tune DETR from
 that and from scratch, compare. Every step is a command that a user could type; it is printed before it runs.
 
+With --detreg it also pre-trains DETReg, on regions that selective search proposes, and fine-tunes from that as well.
+
 A demo that was stopped goes on where it was.
 """
 import argparse
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from util.errors import InputError, run_program
 
@@ -20,14 +22,26 @@ MODEL = ("--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nhe
 PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 16 --patch_size 40 --min_patch 16 --max_patch 96 "
             "--pretrain_sizes 128 --pretrain_max_size 128 --held_out_share 0.03 --lr 1e-3").split()
 PRETRAIN_BATCH = 16  # images a step, over all processes
+# Ten regions for the sixteen queries; they cover half of the objects. Never cropped, as below.
+REGIONS = ("--dataset_file regions --model detr --object_embedding_loss --max_prop 10 --patch_size 48 --pretrain_sizes 128 "
+           "--pretrain_max_size 128 --crop_resize 128 --crop_size 1000 1000 --lr 1e-3").split()
 # Images of 128 pixels, never cropped (a crop larger than the image leaves it whole): in a training as short as this one,
 # random crops cost more than they teach.
 FINETUNE = ("--train_sizes 128 --crop_resize 128 --crop_size 1000 1000 --val_size 128 --max_size 128 --batch_size 8 --lr 1e-3 "
             "--lr_backbone 0").split()
 # Let glibc keep the memory of freed tensors rather than hand it back to the system and ask for it anew at every step.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 30)}
-ARMS = ("scratch", "pretrained")
+# Whose boxes' recall is measured, and the name of the file with it.
+RECALL = {"selective search": "recall_search.json", "DETReg before any label": "recall_detreg.json"}
 THRESHOLD = 0.3  # least score of the detections that are drawn: after so short a training few are above 0.5
+
+
+class Arm(NamedTuple):
+    """A fine-tuning: its folder, its name in the table, and the flags that say what it starts from."""
+
+    folder: str
+    label: str
+    start: List[str]
 
 
 class Demo:
@@ -39,6 +53,11 @@ class Demo:
         self.times_file = self.folder / "times.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.seconds: Dict[str, float] = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
+        self.toy, self.backbone = self.path("toy"), self.path("backbone.pth")
+        self.arms = [Arm("scratch", "scratch", ["--load_backbone", self.backbone]),
+                     Arm("pretrained", "UP-DETR", ["--pretrain", self.path("pretrain/checkpoint.pth")])]
+        if args.detreg:
+            self.arms.append(Arm("detreg", "DETReg", ["--pretrain", self.path("pretrain_detreg/checkpoint.pth")]))
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
@@ -78,68 +97,136 @@ class Demo:
 
     def run(self) -> None:
         args = self.args
-        toy, backbone = self.path("toy"), self.path("backbone.pth")
-        images, coco = f"{toy}/unlabelled", f"{toy}/coco"
-        self.phase("toy data", ["-m", "datasets.toy", "--output_dir", toy, "--num_unlabelled", str(args.num_unlabelled),
+        self.phase("toy data", ["-m", "datasets.toy", "--output_dir", self.toy,
+                                "--num_unlabelled", str(args.num_unlabelled),
                                 "--num_train", str(args.num_labelled), "--num_val", str(args.num_val)])
-        self.phase("backbone weights", ["-m", "tools.pretrain_toy_backbone", "--output", backbone, "--seed", str(args.seed)])
-        processes = min(2, os.cpu_count() or 1)  # two small processes use two cores better than one with two threads
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        self.phase("pre-training", launcher + self.train_command(
-            "pretrain", *PRETRAIN, "--batch_size", str(PRETRAIN_BATCH // processes), "--imagenet_path", images,
-            "--load_backbone", backbone,
-            "--epochs", str(args.pretrain_epochs), "--lr_drop", str(drop_epoch(args.pretrain_epochs)),
-            "--eval_every", str(max(1, args.pretrain_epochs // 4))), processes=processes)
-        common = [*FINETUNE, "--coco_path", coco, "--epochs", str(args.epochs), "--lr_drop", str(drop_epoch(args.epochs)),
-                  "--eval_every", str(args.eval_every)]
-        start_from = {"scratch": ["--load_backbone", backbone],
-                      "pretrained": ["--pretrain", self.path("pretrain/checkpoint.pth")]}
-        self.phase("fine-tuning", *[self.train_command(arm, *common, *start_from[arm]) for arm in ARMS],
-                   logs=[self.path(f"{arm}.txt") for arm in ARMS])
-        self.pictures(toy)
+        self.phase("backbone weights", ["-m", "tools.pretrain_toy_backbone", "--output", self.backbone,
+                                        "--seed", str(args.seed)])
+        self.pretrain("pre-training", "pretrain", args.pretrain_epochs, *PRETRAIN,
+                      "--eval_every", str(max(1, args.pretrain_epochs // 4)))
+        self.finetune("fine-tuning", self.arms[:2])
+        if args.detreg:
+            cached = ["--class_list", self.list_half(), "--cache_path", self.path("proposals")]
+            self.phase("region proposals", ["-m", "tools.cache_proposals", "--imagenet_path", f"{self.toy}/unlabelled",
+                                            *cached])
+            self.pretrain("pre-training DETReg", "pretrain_detreg", 2 * args.pretrain_epochs, *REGIONS, *cached)
+            self.finetune("fine-tuning from DETReg", self.arms[2:])
+        self.pictures()
         self.report()
 
-    def pictures(self, toy: str) -> None:
-        """Draw detections in the fullest images, found patches in the image whose three largest objects are largest, and
-        learning curves."""
-        coco = json.loads(Path(f"{toy}/coco/annotations/instances_val2017.json").read_text())
-        boxes: Dict[int, List[List[float]]] = {image["id"]: [] for image in coco["images"]}
-        for annotation in coco["annotations"]:
-            if not annotation["iscrowd"]:
-                boxes[annotation["image_id"]].append(annotation["bbox"])
-        files = {image["id"]: f"{toy}/coco/val2017/{image['file_name']}" for image in coco["images"]}
-        fullest = sorted(files, key=lambda image: -len(boxes[image]))[:12]
+    def list_half(self) -> str:
+        """Write down half of the folders of unlabelled images; DETReg sees them twice as often as UP-DETR sees all.
+
+        It saves time: selective search is slow.
+        """
+        folders = sorted(os.listdir(f"{self.toy}/unlabelled"))
+        path = self.path("region_folders.txt")
+        Path(path).write_text("\n".join(folders[:(len(folders) + 1) // 2]) + "\n")
+        return path
+
+    def pretrain(self, name: str, run: str, epochs: int, *flags: str) -> None:
+        """A phase that trains without labels, in two processes: two cores do more with them than with two threads."""
+        processes = min(2, os.cpu_count() or 1)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+        self.phase(name, launcher + self.train_command(
+            run, *flags, "--batch_size", str(PRETRAIN_BATCH // processes), "--imagenet_path", f"{self.toy}/unlabelled",
+            "--load_backbone", self.backbone, "--epochs", str(epochs), "--lr_drop", str(drop_epoch(epochs))),
+            processes=processes)
+
+    def finetune(self, name: str, arms: Sequence[Arm]) -> None:
+        """A phase that trains on the labelled images, alike for each arm."""
+        args = self.args
+        common = [*FINETUNE, "--coco_path", f"{self.toy}/coco", "--epochs", str(args.epochs),
+                  "--lr_drop", str(drop_epoch(args.epochs)), "--eval_every", str(args.eval_every)]
+        self.phase(name, *[self.train_command(arm.folder, *common, *arm.start) for arm in arms],
+                   logs=[self.path(f"{arm.folder}.txt") for arm in arms])
+
+    def pictures(self) -> None:
+        """Draw detections in the fullest images, found patches in the image whose three largest objects are largest,
+        regions and learning curves."""
+        boxes, files = self.validation_images()
+        fullest = [files[image] for image in sorted(files, key=lambda image: -len(boxes[image]))[:12]]
         self.phase("pictures of detections", [
             "-m", "tools.predict", "--checkpoint", self.path("pretrained/checkpoint.pth"), "--threshold", str(THRESHOLD),
-            "--output_dir", self.path("predictions"), *[files[image] for image in fullest]])
-        large = {image: sorted(mine, key=lambda box: -min(box[2:]))[:3] for image, mine in boxes.items() if len(mine) >= 3}
+            "--output_dir", self.path("predictions"), *fullest])
+        large = {image: sorted(mine, key=lambda box: -min(box[2:]))[:3] for image, mine in boxes.items()
+                 if len(mine) >= 3}
         chosen = max(large, key=lambda image: min(large[image][-1][2:]))
         shown = [flag for box in large[chosen] for flag in ("--box", ",".join(map(str, box)))]
         self.phase("picture of patches", ["-m", "tools.find_patch", "--checkpoint", self.path("pretrain/checkpoint.pth"),
                                           files[chosen], *shown, "--output", self.path("find_patch.png")])
-        self.phase("picture of curves", ["-m", "tools.plot_logs", *[self.path(arm) for arm in ARMS],
-                                         "--output", self.path("curves.png")])
+        if self.args.detreg:
+            self.regions(fullest[:4])
+        self.phase("picture of curves" + " with DETReg" * self.args.detreg, [
+            "-m", "tools.plot_logs", *[self.path(arm.folder) for arm in self.arms],
+            "--output", self.path(self.own("curves.png"))])
+
+    def validation_images(self) -> Tuple[Dict[int, List[List[float]]], Dict[int, str]]:
+        """By id of a validation image: the boxes (x, y, width, height) in it, crowds aside; its file."""
+        coco = json.loads(Path(f"{self.toy}/coco/annotations/instances_val2017.json").read_text())
+        boxes: Dict[int, List[List[float]]] = {image["id"]: [] for image in coco["images"]}
+        for annotation in coco["annotations"]:
+            if not annotation["iscrowd"]:
+                boxes[annotation["image_id"]].append(annotation["bbox"])
+        return boxes, {image["id"]: f"{self.toy}/coco/val2017/{image['file_name']}" for image in coco["images"]}
+
+    def regions(self, images: Sequence[str]) -> None:
+        """Draw regions and measure how well they cover objects: selective search's, and those that DETReg finds before
+        it has seen a label."""
+        model = ["--checkpoint", self.path("pretrain_detreg/checkpoint.pth")]
+        self.phase("picture of regions", ["-m", "tools.show_regions", *model, *images, "--num_boxes", "6",
+                                          "--output", self.path("regions.png")])
+        for (name, file), source in zip(RECALL.items(), (["--selective_search"], model)):
+            self.phase(f"recall of {name}", ["-m", "tools.proposal_recall", *source, "--coco_path", f"{self.toy}/coco",
+                                             "--output", self.path(file)])
+
+    def own(self, name: str) -> str:
+        """What a demo with DETReg calls a file of which the demo without it has another version."""
+        return name.replace(".", "_detreg.") if self.args.detreg else name
 
     def report(self) -> None:
         """Print the comparison and keep it as summary.json."""
-        curves = {arm: {line["epoch"] + 1: line["test_coco_eval_bbox"] for line in read_log(self.path(f"{arm}/log.txt"))
-                        if "test_coco_eval_bbox" in line} for arm in ARMS}
+        curves = {arm.folder: {line["epoch"] + 1: line["test_coco_eval_bbox"]
+                               for line in read_log(self.path(f"{arm.folder}/log.txt")) if "test_coco_eval_bbox" in line}
+                  for arm in self.arms}
         patches = [line for line in read_log(self.path("pretrain/log.txt")) if "test_patch_iou" in line][-1]
-        rows = ["", f"{'epoch':>6} | {'scratch AP':>10} {'AP50':>6} | {'UP-DETR AP':>10} {'AP50':>6} | {'AP50 ratio':>10}"]
-        for epoch in sorted(set(curves["scratch"]) & set(curves["pretrained"])):
-            scratch, pretrained = (curves[arm][epoch] for arm in ARMS)
-            ratio = f"{pretrained[1] / scratch[1]:.2f}" if scratch[1] > 0 else "-"
-            rows.append(f"{epoch:6d} | {100 * scratch[0]:10.1f} {100 * scratch[1]:6.1f} | {100 * pretrained[0]:10.1f} "
-                        f"{100 * pretrained[1]:6.1f} | {ratio:>10}")
-        rows += ["", f"patches found: mean IoU {patches['test_patch_iou']:.3f}, control (another image's patches) "
-                     f"{patches['test_control_iou']:.3f}", ""]
-        rows += [f"{name:>20}: {seconds:5.0f} s" for name, seconds in self.seconds.items()]
-        rows += [f"{'total':>20}: {sum(self.seconds.values()):5.0f} s", "",
+        summary = {"seed": self.args.seed, "curves": curves, "patches": patches, "seconds": self.seconds}
+        rows = ["", *table({arm.label: curves[arm.folder] for arm in self.arms}), "",
+                f"patches found: mean IoU {patches['test_patch_iou']:.3f}, control (another image's patches) "
+                f"{patches['test_control_iou']:.3f}"]
+        if self.args.detreg:
+            summary["recall"] = {name: json.loads(Path(self.path(file)).read_text()) for name, file in RECALL.items()}
+            rows += [f"objects covered by an image's 10 best boxes of {name}: average recall "
+                     f"{100 * found['10']['AR']:.1f}, at IoU 0.5 {100 * found['10']['R50']:.1f}"
+                     for name, found in summary["recall"].items()]
+        rows += ["", *(f"{name:>33}: {seconds:5.0f} s" for name, seconds in self.seconds.items()),
+                 f"{'total':>33}: {sum(self.seconds.values()):5.0f} s", "",
                  f"detections: {self.path('predictions')}", f"patches found: {self.path('find_patch.png')}",
-                 f"learning curves: {self.path('curves.png')}"]
+                 f"learning curves: {self.path(self.own('curves.png'))}",
+                 *([f"regions proposed and found: {self.path('regions.png')}"] if self.args.detreg else [])]
         print("\n".join(rows))
-        (self.folder / "summary.json").write_text(json.dumps(
-            {"seed": self.args.seed, "curves": curves, "patches": patches, "seconds": self.seconds}, indent=1))
+        (self.folder / self.own("summary.json")).write_text(json.dumps(summary, indent=1))
+
+
+def table(curves: Dict[str, Dict[int, List[float]]]) -> List[str]:
+    """Lines with AP and AP50 in percent at each epoch at which all trainings were evaluated, and AP50 as a multiple of
+    the first training's.
+
+    Args:
+        curves: by the training's name and by epoch, COCO's twelve numbers in 0..1.
+    """
+    first, *others = curves
+    heads = [f"{name} ratio" for name in others] if len(others) > 1 else ["AP50 ratio"]
+    lines = [" | ".join([f"{'epoch':>6}", *(f"{name + ' AP':>10} {'AP50':>6}" for name in curves),
+                         *(f"{head:>10}" for head in heads)])]
+    for epoch in sorted(set.intersection(*map(set, curves.values()))):
+        figures = {name: mine[epoch] for name, mine in curves.items()}
+        base = figures[first][1]
+        ratios = [f"{figures[name][1] / base:.2f}" if base > 0 else "-" for name in others]
+        lines.append(" | ".join([
+            f"{epoch:6d}", *(f"{100 * mine[0]:10.1f} {100 * mine[1]:6.1f}" for mine in figures.values()),
+            *(f"{ratio:>{max(10, len(head))}}" for ratio, head in zip(ratios, heads))]))
+    return lines
 
 
 def read_log(path: str) -> List[Dict[str, Any]]:
@@ -160,9 +247,10 @@ def main() -> None:
     parser.add_argument("--num_unlabelled", type=int, default=6400)
     parser.add_argument("--num_labelled", type=int, default=500)
     parser.add_argument("--num_val", type=int, default=200)
-    parser.add_argument("--pretrain_epochs", type=int, default=4)
+    parser.add_argument("--pretrain_epochs", type=int, default=4, help="of UP-DETR's pre-training")
     parser.add_argument("--epochs", type=int, default=15, help="of each fine-tuning")
     parser.add_argument("--eval_every", type=int, default=5)
+    parser.add_argument("--detreg", action="store_true", help="with DETReg")
     Demo(parser.parse_args()).run()
 
 

@@ -4,6 +4,7 @@ from typing import Any, Dict, NamedTuple, Optional, Set
 
 from torch import Tensor, nn
 
+from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES
 from main import get_args_parser
 from models import NUM_CLASSES, build_model, coco_is_thing_map
 from models.backbone import LAYERS
@@ -59,6 +60,9 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
     for name in STORED_FLAGS[kind]:
         if stored.get(name) is not None:
             setattr(args, name, stored[name])
+    if kind == DETECTOR and stored.get("dataset_file") == "regions":
+        args.val_size = max(stored.get("pretrain_sizes") or PRETRAIN_SIZES)
+        args.max_size = stored.get("pretrain_max_size") or PRETRAIN_MAX_SIZE
     given = {name: value for name, value in given.items() if value is not None}
     nheads = given.get("nheads", args.nheads)
     for name, value in {**given, **architecture(state, location, nheads)}.items():
@@ -166,9 +170,9 @@ def _next_parts(state: Dict[str, Tensor], prefix: str) -> Set[str]:
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str,
-                         default_device: Optional[str] = None) -> None:
+                         default_device: Optional[str] = None, required: bool = True) -> None:
     """The flags that every program which loads a model has; give `given_flags` of them to `load_model`."""
-    parser.add_argument("--checkpoint", required=True, metavar="FILE_OR_URL", help=checkpoint_help)
+    parser.add_argument("--checkpoint", required=required, metavar="FILE_OR_URL", help=checkpoint_help)
     parser.add_argument("--device", default=default_device, help=f"({default_device or 'cuda if there is one, else cpu'})")
     group = parser.add_argument_group("for checkpoints that hold weights without flags")
     group.add_argument("--nheads", type=int, help="attention heads (8)")

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from datasets.toy import ToySettings, write_toy
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Appended to published commands: the same run on a model and images that a CPU gets through in seconds.
@@ -38,3 +40,24 @@ def run(arguments: List[str], launcher: str = "single", check: bool = True, env:
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def run_config(name: str, flags: List[str], data_root: Path, processes: int = 1) -> str:
+    """Run a recipe from the project's root, without and with the launcher; returns what it printed."""
+    launcher = [] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DATA_ROOT": str(data_root),
+                   "PYTHON": sys.executable}
+    done = subprocess.run([*launcher, f"./configs/{name}", *map(str, flags)], cwd=ROOT, env=environment, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def write_data_root(root: Path, **world: int) -> Path:
+    """Fill a folder with a toy world laid out as the recipes expect it."""
+    write_toy(root / "toy", ToySettings(**world))
+    (root / "MSCoco").symlink_to(root / "toy" / "coco")
+    (root / "pascal").symlink_to(root / "toy")
+    (root / "ilsvrc").mkdir()
+    (root / "ilsvrc" / "train").symlink_to(root / "toy" / "unlabelled")
+    return root

@@ -1,14 +1,10 @@
 """Deformable DETR's recipes and what follows them, run as a user runs them."""
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from commands import ROOT, SMALL_MODEL, run
-from datasets.toy import ToySettings, write_toy
+from commands import ROOT, SMALL_MODEL, run, run_config, write_data_root
 from main import get_args_parser, main
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("r50_deformable_detr*.sh"))
@@ -20,23 +16,7 @@ SMALL = [*SMALL_MODEL, *"--train_sizes 64 --val_size 64 --max_size 96 --num_quer
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
-    """A folder laid out as the recipes expect, with a world of a few images."""
-    root = tmp_path_factory.mktemp("data")
-    write_toy(root / "toy", ToySettings(image_size=64, num_unlabelled=1, num_train=8, num_val=5))
-    (root / "MSCoco").symlink_to(root / "toy" / "coco")
-    return root
-
-
-def run_config(name, flags, data_root, processes=1):
-    """Run a recipe from the project's root, without and with a launcher."""
-    launcher = [] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python",
-                                          f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DATA_ROOT": str(data_root),
-                   "PYTHON": sys.executable}
-    done = subprocess.run([*launcher, f"./configs/{name}", *map(str, flags)], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return write_data_root(tmp_path_factory.mktemp("data"), image_size=64, num_unlabelled=1, num_train=8, num_val=5)
 
 
 def log_lines(out):

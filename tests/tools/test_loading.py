@@ -135,3 +135,11 @@ def test_wrong_kinds_are_named(detector: Path, pretrained: Path, published: Dict
         load_model(str(other), DETECTOR, "cpu")
     with pytest.raises(InputError, match="--checkpoint missing.pth: no such file"):
         load_model("missing.pth", DETECTOR, "cpu")
+
+
+def test_a_model_of_regions_sees_images_as_large_as_in_its_pre_training(save_model: Callable[..., Path]) -> None:
+    """Its flags name no size of evaluation."""
+    path = save_model("regions.pth", dataset_file="regions", model="detr", pretrain_sizes=[48, 64], pretrain_max_size=96)
+    args = load_model(str(path), DETECTOR, "cpu").args
+    assert (args.val_size, args.max_size) == (64, 96)
+    assert load_model(str(path), DETECTOR, "cpu", val_size=50).args.val_size == 50
