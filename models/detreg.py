@@ -4,7 +4,6 @@ The detector, a DETR or a Deformable DETR, gets one head more, which predicts an
 should predict is said by a network that never trains: `RegionEmbedder`.
 """
 import argparse
-from collections import OrderedDict
 from typing import Dict, List
 
 import torch

@@ -247,7 +247,8 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,
     report = {"loaded": sorted(fits), "skipped": sorted(set(state) - set(fits)), "missed": sorted(set(own) - set(fits))}
     if ("transformer.level_embed" in state) != ("transformer.level_embed" in own):
         raise InputError(f"--pretrain {location} holds {describe_kind(state)} but the flags describe "
-                         f"{describe_kind(own)}; is --model the one that it was trained with? (for its backbone alone: --load_backbone)")
+                         f"{describe_kind(own)}; is --model the one that it was trained with? "
+                         "(for its backbone alone: --load_backbone)")
     if not fits:
         raise InputError(f"--pretrain {location} holds {describe_kind(state)}; none of its tensors fits {describe_kind(own)}")
     if any(_is_backbone(name) for name in report["missed"]):

@@ -30,8 +30,8 @@ _DETR_LABELLED: Dict[str, Default] = {
 _DEFORMABLE: Dict[str, Default] = {
     "lr": 2e-4, "lr_backbone_names": ["backbone.0"], "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
     "lr_linear_proj_mult": 0.1, "num_queries": 300, "dim_feedforward": 1024,
-    "position_embedding_scale": _position_scale, "num_feature_levels": 4, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": False, "two_stage": False,
-    "set_cost_class": 2.0, "cls_loss_coef": 2.0, "focal_alpha": 0.25,
+    "position_embedding_scale": _position_scale, "num_feature_levels": 4, "enc_n_points": 4, "dec_n_points": 4,
+    "with_box_refine": False, "two_stage": False, "set_cost_class": 2.0, "cls_loss_coef": 2.0, "focal_alpha": 0.25,
 }
 _DEFORMABLE_LABELLED: Dict[str, Default] = {
     **_LABELLED, **_DEFORMABLE, "epochs": 50, "lr_drop": 40, "lr_backbone": 2e-5,

@@ -1,5 +1,4 @@
 """DETReg: the embedding loss by hand, targets against torchvision's network, a frozen network that stays as it is."""
-from collections import OrderedDict
 
 import pytest
 import torch

@@ -178,7 +178,8 @@ def test_fine_tuning_takes_from_a_pretrained_model_what_the_original_takes(publi
 @pytest.mark.parametrize("before, after, changes", [
     ("detreg_detr_pretrain", "detreg_detr_finetune", {}), ("detreg_def_pretrain", "deformable_detr", {}),
     ("detreg_def_pretrain", "deformable_detr_refine", {}),
-    ("detreg_def_pretrain", "deformable_detr", {"num_classes": 21}), ("detreg_def_pretrain_refine", "deformable_detr_refine", {})])
+    ("detreg_def_pretrain", "deformable_detr", {"num_classes": 21}),
+    ("detreg_def_pretrain_refine", "deformable_detr_refine", {})])
 def test_fine_tuning_takes_all_of_a_detreg_but_its_class_and_its_embeddings(published, before, after, changes):
     model = build_model(published_args(published, after, **changes))[0]
     pretrained = {name: torch.zeros(shape) for name, shape in published_shapes(published, before).items()}
