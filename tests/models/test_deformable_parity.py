@@ -1,62 +1,16 @@
 """Parity with the Deformable DETR of Hugging Face's `transformers`, which shares no code with ours: the same random
 weights must give the same predictions in every variant, and the same predictions the same losses."""
 import copy
-import re
 
 import pytest
 import torch
+from hugging_face import DEFORMABLE_DETR, copy_weights
 from torch import nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
 from models import build_model
 from util.misc import nested_tensor_from_tensor_list
-
-# (pattern, replacement) from our parameter names to theirs.
-RENAMED = [
-    (r"^backbone\.0\.body\.conv1\.", "embedder.embedder.convolution."),
-    (r"^backbone\.0\.body\.bn1\.", "embedder.embedder.normalization."),
-    (r"^backbone\.0\.body\.layer(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}."),
-    (r"downsample\.0\.", "shortcut.convolution."),
-    (r"downsample\.1\.", "shortcut.normalization."),
-    (r"(?<=\d\.)conv(\d)\.", lambda m: f"layer.{int(m[1]) - 1}.convolution."),
-    (r"(?<=\d\.)bn(\d)\.", lambda m: f"layer.{int(m[1]) - 1}.normalization."),
-    (r"(encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
-    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
-    (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.encoder_attn_layer_norm."),
-    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.self_attn_layer_norm."),
-    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
-    (r"cross_attn", "encoder_attn"),
-    (r"linear(\d)\.", r"fc\1."),
-    (r"^transformer\.", ""),
-    (r"^query_embed\.", "query_position_embeddings."),
-]
-
-
-def their_name(name):
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def simplified(name):
-    """Their names without what differs between versions of the library: containers, and two modules' names."""
-    containers = r"^(model\.)?(backbone\.(conv_encoder\.)?(model\.|position_embedding\.)*)?"
-    return re.sub(containers, "", name).replace("attn.out_proj", "attn.o_proj").replace(".mlp.fc", ".fc")
-
-
-def copy_weights(ours, theirs):
-    """Fill their model from ours; every tensor of both must take part."""
-    state = {}
-    for name, value in ours.state_dict().items():
-        if "in_proj_" in name:
-            for letter, part in zip("qkv", value.chunk(3)):
-                state[their_name(name).replace("in_proj_", f"{letter}_proj.")] = part
-        else:
-            state[their_name(name).replace("attn.out_proj", "attn.o_proj")] = value
-    names = {simplified(name): name for name in theirs.state_dict() if not name.endswith("num_batches_tracked")}
-    assert set(names) == set(state)
-    theirs.load_state_dict({names[name]: value for name, value in state.items()}, strict=False)
 
 
 def hugging_face_model(args):
@@ -111,7 +65,7 @@ def trio(request, tiny_args):
     model, criterion, _ = build_model(args)
     randomise(model)
     theirs = hugging_face_model(args)
-    copy_weights(model, theirs)
+    copy_weights(model, theirs, DEFORMABLE_DETR)
     return model.eval(), criterion, theirs.eval()
 
 

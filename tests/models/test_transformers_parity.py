@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from hugging_face import DETR, copy_weights
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, ResNetConfig
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss, ImageLoss
@@ -11,58 +12,6 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher as Thei
 
 from models import build_model
 from util.misc import nested_tensor_from_tensor_list
-
-# (pattern, replacement) from our parameter names to theirs.
-RENAMED = [
-    (r"^backbone\.0\.body\.conv1\.", "embedder.embedder.convolution."),
-    (r"^backbone\.0\.body\.bn1\.", "embedder.embedder.normalization."),
-    (r"^backbone\.0\.body\.layer(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.{m[2]}."),
-    (r"downsample\.0\.", "shortcut.convolution."),
-    (r"downsample\.1\.", "shortcut.normalization."),
-    (r"(?<=\d\.)conv(\d)\.", lambda m: f"layer.{int(m[1]) - 1}.convolution."),
-    (r"(?<=\d\.)bn(\d)\.", lambda m: f"layer.{int(m[1]) - 1}.normalization."),
-    (r"^transformer\.decoder\.norm\.", "decoder.layernorm."),
-    (r"(encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
-    (r"(encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
-    (r"(decoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
-    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
-    (r"(decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
-    (r"multihead_attn", "encoder_attn"),
-    (r"linear(\d)\.", r"fc\1."),
-    (r"^transformer\.", ""),
-    (r"^query_embed\.", "query_position_embeddings."),
-    (r"^input_proj\.", "input_projection."),
-    (r"^class_embed\.", "class_labels_classifier."),
-    (r"^bbox_embed\.", "bbox_predictor."),
-    (r"^backbone\.1\.row_embed\.", "row_embeddings."),
-    (r"^backbone\.1\.col_embed\.", "column_embeddings."),
-]
-
-
-def their_name(name):
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def simplified(name):
-    """Their names without what differs between versions of the library: containers, and three modules' names."""
-    containers = r"^(model\.)?(backbone\.(conv_encoder\.)?(model\.|position_embedding\.)*|position_embedding\.)?"
-    return re.sub(containers, "", name).replace("attn.out_proj", "attn.o_proj").replace(".mlp.fc", ".fc")
-
-
-def copy_weights(ours, theirs):
-    """Fill their model from ours; every tensor of both must take part."""
-    state = {}
-    for name, value in ours.state_dict().items():
-        if "in_proj_" in name:
-            for letter, part in zip("qkv", value.chunk(3)):
-                state[their_name(name).replace("in_proj_", f"{letter}_proj.")] = part
-        else:
-            state[their_name(name).replace("attn.out_proj", "attn.o_proj")] = value
-    names = {simplified(name): name for name in theirs.state_dict() if not name.endswith("num_batches_tracked")}
-    assert set(names) == set(state)
-    theirs.load_state_dict({names[name]: value for name, value in state.items()}, strict=False)
 
 
 def hugging_face_detr(args):
@@ -112,7 +61,7 @@ def pair(request, tiny_args, images):
     model = build_model(args)[0]
     randomise(model, images)
     theirs = hugging_face_detr(args)
-    copy_weights(model, theirs)
+    copy_weights(model, theirs, DETR)
     return model.eval(), theirs.eval()
 
 
@@ -216,7 +165,7 @@ def segmentation_pair(request, tiny_args, images):
     config = hugging_face_detr(args).config
     config.backbone_config.out_features = ["stage1", "stage2", "stage3", "stage4"]
     theirs = DetrForSegmentation(config)
-    copy_weights(model.detr, theirs.detr)
+    copy_weights(model.detr, theirs.detr, DETR)
     head = {name: value for name, value in model.state_dict().items() if not name.startswith("detr.")}
     their_head = {name for name in theirs.state_dict() if not name.startswith("detr.")}
     renamed = MASKS_RENAMED if any("fpn_stages" in name for name in their_head) else OLD_NAMES
