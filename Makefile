@@ -14,7 +14,7 @@ demo-detreg: $(VENV)/detreg-installed
 	$(VENV)/bin/python -m tools.demo --detreg --output_dir $(DEMO_DIR)
 
 test: $(VENV)/test-installed
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 $(VENV)/demo-installed: requirements.txt requirements/demo.txt | $(VENV)/bin/python
 	$(PIP) -r requirements/demo.txt

@@ -1,4 +1,4 @@
-"""Train and evaluate DETR, Deformable DETR, UP-DETR and DETReg. Which of them is a matter of data set and flags; see README.md."""
+"""Train and evaluate DETR, Deformable DETR, UP-DETR and DETReg: data set and flags say which. See README.md."""
 import argparse
 import datetime
 import functools
@@ -22,7 +22,8 @@ from models.detreg import HEADS
 from util import recipes
 from util.checkpoint import (counts_from_centre, load_checkpoint, load_model_strictly, load_pretrained, model_state,
                              num_outputs)
-from util.distributed import all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, print_main, shutdown
+from util.distributed import (all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, print_main,
+                              shutdown)
 from util.errors import InputError, run_program
 from util.misc import collate_fn
 from util.progress import Progress
@@ -40,7 +41,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="1e-4; Deformable DETR: 2e-4")
     group.add_argument("--lr_backbone", type=float,
-                       help="0 freezes the backbone (1e-5; Deformable DETR: 2e-5; UP-DETR pre-training: as --lr; DETReg's: 0)")
+                       help="0 freezes the backbone (1e-5; Deformable DETR: 2e-5; UP-DETR's pre-training: as --lr; "
+                            "DETReg's: 0)")
     group.add_argument("--lr_backbone_names", nargs="+", type=str,
                        help="parameters whose names contain one of these learn at --lr_backbone")
     group.add_argument("--lr_linear_proj_names", nargs="+", type=str,
@@ -69,8 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--position_embedding", default="sine", choices=("sine", "learned"))
     group.add_argument("--position_embedding_scale", type=float, help="range of sine's positions (2π)")
     group.add_argument("--position_from_centre", action="store_true", default=None,
-                       help="DETR: sine's positions count to a pixel's centre, as in DETReg's DETR (as in the checkpoint that "
-                            "the run starts from)")
+                       help="DETR: sine's positions count to a pixel's centre, as in DETReg's DETR (as in the checkpoint "
+                            "that the run starts from)")
     group.add_argument("--enc_layers", default=6, type=int)
     group.add_argument("--dec_layers", default=6, type=int)
     group.add_argument("--dim_feedforward", type=int, help="2048; Deformable DETR: 1024")
@@ -142,7 +144,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_file", choices=tuple(recipes.DATASETS), help="by default what the given path says")
     group.add_argument("--dataset", choices=tuple(recipes.LAYOUT),
-                       help="DETReg's names of what to train on, in folders of --data_root; instead of --dataset_file and a path")
+                       help="DETReg's names of what to train on, in folders of --data_root; instead of --dataset_file "
+                            "and a path")
     group.add_argument("--data_root", help="folder with ilsvrc/, ilsvrc100/, MSCoco/, pascal/VOCdevkit/ (data)")
     group.add_argument("--coco_path", help="folder with train2017/, val2017/ and annotations/")
     group.add_argument("--coco_panoptic_path",

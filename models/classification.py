@@ -1,7 +1,7 @@
-"""How a query says its class: each style supplies its matching cost and its loss, for the one matcher and the one criterion.
+"""How a query says its class: each style supplies its matching cost and its loss, for one matcher and one criterion.
 
-Logits are [L, B, N, C] for L decoder layers, B images and N queries; `classes`, int64 [L, B, N], is what each query should say,
-num_classes for "no object".
+Logits are [L, B, N, C] for L decoder layers, B images and N queries; `classes`, int64 [L, B, N], is what each query
+should say, num_classes for "no object".
 """
 from typing import Optional, Union
 

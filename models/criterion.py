@@ -72,8 +72,8 @@ class SetCriterion(nn.Module):
             outputs: `pred_logits` [B, N, C + 1] ([B, N, C] without a no-object class), `pred_boxes` [B, N, 4] and what the
                 losses need besides; `aux_outputs` may hold the same of the earlier layers, `enc_outputs` logits and boxes of
                 a two-stage detector's proposals, for which every object is of class 0.
-            targets: for each image `labels` int64 [n], `boxes` cxcywh [n, 4] in 0..1; for the losses that need them `masks`
-                bool [n, H, W], `patches` [n, 3, P, P].
+            targets: for each image `labels` int64 [n], `boxes` cxcywh [n, 4] in 0..1; for the losses that need them
+                `masks` bool [n, H, W], `patches` [n, 3, P, P].
 
         Returns:
             scalar tensors by name; figures of earlier layers end in `_0`, `_1`, …, those of proposals in `_enc`.
@@ -163,8 +163,7 @@ class SetCriterion(nn.Module):
     def loss_object_embedding(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]],
                               matching: Matching, *, num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
         """`loss_object_embedding` [1]: mean absolute difference of the predicted and true embeddings' numbers, summed
-        over pairs, per region (Bar et al., 2022, sec. 3.2), of the last layer only. Patch j of an image is its target j.
-        """
+        over the last layer's pairs, per region (Bar et al., 2022, sec. 3.2). Patch j of an image is its target j."""
         predicted = stacked["pred_features"][0, matching.image[-1], matching.query[-1]]
         expected = self.embedder(torch.cat([target["patches"] for target in targets])).float()[matching.target[-1]]
         return {"loss_object_embedding": (predicted - expected).abs().mean(1).sum()[None] / num_boxes}

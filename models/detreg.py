@@ -114,7 +114,7 @@ class RegionEmbedder:
     gradient reduction, and no `train()` reaches it.
 
     Args:
-        network: `RegionNetwork`, or another module from crops [T, 3, P, P] to embeddings [T, dim] with an attribute `dim`.
+        network: `RegionNetwork`, or another module from crops [T, 3, P, P] to embeddings [T, dim] that has `dim`.
         device: where it is to run.
     """
 

@@ -1,8 +1,8 @@
-"""Multi-scale deformable attention (Zhu et al., 2021, sec. 4.1, eq. 3): each query looks at a few points of every feature map.
+"""Multi-scale deformable attention (Zhu et al., 2021, sec. 4.1, eq. 3): each query looks at a few points of every map.
 
-The maps lie one behind another in one sequence of tokens. A value between pixels is interpolated from the four around it,
-so a head's output is a weighted sum of 4 · levels · points rows of the values, for all levels at once, which is what
-`embedding_bag` computes without ever forming the rows it sums.
+The maps lie one behind another in one sequence of tokens. A value between pixels is interpolated from the four around
+it, so a head's output is a weighted sum of 4 · levels · points rows of the values, for all levels at once, which is
+what `embedding_bag` computes without ever forming the rows it sums.
 """
 import math
 from typing import Any, List, NamedTuple, Optional, Tuple

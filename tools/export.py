@@ -9,6 +9,7 @@ pt2` (torch.export). The program takes a batch of any number of images, of any h
 and gives
 
     pred_logits  float32 [B, N, C + 1], before the softmax; the last class is "no object"
+                 (Deformable DETR: [B, N, C], before the sigmoid)
     pred_boxes   float32 [B, N, 4], centre x, centre y, width, height in 0..1 of the image without its padding
     pred_masks   float32 [B, N, h, w], logits over the padded image, from a model with a mask head
 
@@ -52,7 +53,10 @@ class PlainDetector(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, mask: Tensor) -> Dict[str, Tensor]:
-        return self.model(NestedTensor(images, mask))
+        out = self.model(NestedTensor(images, mask))
+        if not torch.jit.is_scripting():
+            out.pop("enc_outputs", None)  # what a two-stage model's loss compares; its script leaves them out by itself
+        return out
 
 
 def example_batch(batch: int, height: int, width: int, device: torch.device) -> Tuple[Tensor, Tensor]:
@@ -204,7 +208,8 @@ def largest_differences(model: PlainDetector, program: Program) -> Dict[str, flo
 def describe(loaded: Loaded) -> str:
     """What a user of the program must know, as JSON."""
     return json.dumps({"class_names": loaded.class_names, "is_thing": loaded.is_thing_map, "mean": IMAGENET_MEAN,
-                       "std": IMAGENET_STD, "val_size": loaded.args.val_size, "max_size": loaded.args.max_size},
+                       "std": IMAGENET_STD, "val_size": loaded.args.val_size, "max_size": loaded.args.max_size,
+                       "scores": "sigmoid" if loaded.args.model == "deformable_detr" else "softmax"},
                       ensure_ascii=False)
 
 

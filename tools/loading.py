@@ -18,8 +18,8 @@ DETECTOR, PRETRAINED = "coco", "imagenet"  # the --dataset_file whose models the
 # What tensors don't tell: taken from the flags that the checkpoint holds, else at its default.
 STORED_FLAGS = {
     DETECTOR: ("nheads", "dilation", "val_size", "max_size", "position_embedding_scale", "num_queries"),
-    PRETRAINED: ("nheads", "dilation", "position_embedding_scale", "num_patches", "patch_size", "min_patch", "max_patch", "pretrain_sizes",
-                 "pretrain_max_size"),
+    PRETRAINED: ("nheads", "dilation", "position_embedding_scale", "num_patches", "patch_size", "min_patch", "max_patch",
+                 "pretrain_sizes", "pretrain_max_size"),
 }
 # Number of residual blocks in layer1 … layer4, and whether they are bottlenecks (three convolutions).
 RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False),

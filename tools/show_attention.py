@@ -22,6 +22,7 @@ from tools.output import require_ending, writing
 from tools.predict import names_of_classes
 from util.errors import InputError, run_program
 from util.plot_utils import pyplot
+from util.recipes import MODELS
 
 FORMATS = (".png", ".jpg", ".webp")
 # Of the picture: maps in a row, long side of a map, height of captions, height of headlines, space, in pixels.
@@ -195,6 +196,9 @@ def main(args: argparse.Namespace) -> None:
     points = [parse_point(text, width, height) for text in args.point]
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
                         val_size=args.val_size, max_size=args.max_size)
+    if loaded.args.model != "detr":
+        raise InputError(f"--checkpoint {args.checkpoint} holds a {MODELS[loaded.args.model]}; "
+                         "this program shows DETR's attention, which looks at every place")
     image = resize_to(image, resized_size(height, width, loaded.args.val_size, loaded.args.max_size))
     scale = torch.tensor([width / image.shape[2], height / image.shape[1]])
     outputs, attention = look(loaded.model, normalize_image(image).to(loaded.args.device),

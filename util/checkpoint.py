@@ -148,7 +148,7 @@ def stored_flags(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def counts_from_centre(checkpoint: Dict[str, Any]) -> bool:
-    """Whether a checkpoint's DETR was trained with positions counted to pixels' centres, as DETReg's own program does."""
+    """Whether a checkpoint's DETR was trained with positions counted to pixels' centres, as in DETReg's program."""
     stored = stored_flags(checkpoint)
     if "position_from_centre" in stored:
         return bool(stored["position_from_centre"])
@@ -234,8 +234,8 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,
         names of tensors `loaded`, `skipped` (in the checkpoint, not used) and `missed` (in the model, not filled).
 
     Raises:
-        InputError: if nothing fits, if one of the two is a Deformable DETR and the other isn't, or if the model's backbone
-            would stay without weights.
+        InputError: if nothing fits, if one of the two is a Deformable DETR and the other isn't, or if the model's
+            backbone would stay without weights.
     """
     state, own = model_state(checkpoint, location), model.state_dict()
     pretext_only = "patch2query.weight" in state and "patch2query.weight" not in own
@@ -246,8 +246,8 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,
             if name in own and own[name].shape == value.shape and not (pretext_only and _is_class_head(name))}
     report = {"loaded": sorted(fits), "skipped": sorted(set(state) - set(fits)), "missed": sorted(set(own) - set(fits))}
     if ("transformer.level_embed" in state) != ("transformer.level_embed" in own):
-        raise InputError(f"--pretrain {location} holds {describe_kind(state)} but the flags describe {describe_kind(own)}; "
-                         "is --model the one that it was trained with? (for its backbone alone: --load_backbone)")
+        raise InputError(f"--pretrain {location} holds {describe_kind(state)} but the flags describe "
+                         f"{describe_kind(own)}; is --model the one that it was trained with? (for its backbone alone: --load_backbone)")
     if not fits:
         raise InputError(f"--pretrain {location} holds {describe_kind(state)}; none of its tensors fits {describe_kind(own)}")
     if any(_is_backbone(name) for name in report["missed"]):

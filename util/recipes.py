@@ -16,7 +16,8 @@ def _position_scale(args: argparse.Namespace) -> Optional[float]:
 
 
 _LABELLED: Dict[str, Default] = {
-    "batch_size": 2, "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333, "remove_difficult": False,
+    "batch_size": 2, "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333,
+    "remove_difficult": False,
 }
 _DETR: Dict[str, Default] = {
     "lr": 1e-4, "lr_backbone_names": ["backbone."], "num_queries": 100, "dim_feedforward": 2048, "pre_norm": False,
@@ -28,8 +29,8 @@ _DETR_LABELLED: Dict[str, Default] = {
 }
 _DEFORMABLE: Dict[str, Default] = {
     "lr": 2e-4, "lr_backbone_names": ["backbone.0"], "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
-    "lr_linear_proj_mult": 0.1, "num_queries": 300, "dim_feedforward": 1024, "position_embedding_scale": _position_scale,
-    "num_feature_levels": 4, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": False, "two_stage": False,
+    "lr_linear_proj_mult": 0.1, "num_queries": 300, "dim_feedforward": 1024,
+    "position_embedding_scale": _position_scale, "num_feature_levels": 4, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": False, "two_stage": False,
     "set_cost_class": 2.0, "cls_loss_coef": 2.0, "focal_alpha": 0.25,
 }
 _DEFORMABLE_LABELLED: Dict[str, Default] = {
@@ -43,7 +44,8 @@ _REGIONS: Dict[str, Default] = {
 }
 
 # By --model and --dataset_file: the defaults of flags that were not given. A function computes its value from the other
-# flags. Values: the published programs of DETR, UP-DETR, Deformable DETR and DETReg; no-match weight M/N: UP-DETR, sec. 4.1.
+# flags. Values: the published programs of DETR, UP-DETR, Deformable DETR and DETReg; no-match weight M/N: UP-DETR,
+# sec. 4.1.
 RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
     ("detr", "coco"): {**_DETR_LABELLED, **_SUBSETS},
     ("detr", "coco_panoptic"): _DETR_LABELLED,
@@ -64,9 +66,10 @@ RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
 MODELS = {"detr": "DETR", "deformable_detr": "Deformable DETR"}
 DATASETS = {"coco": "COCO-format data", "coco_panoptic": "COCO-format panoptic data", "voc": "Pascal VOC",
             "imagenet": "images without labels", "regions": "regions of images without labels"}
-# DETReg's names of trainings: --dataset_file, the flag that says where the images lie, and where they do in --data_root.
+# DETReg's names of trainings: --dataset_file, the flag that says where the images lie, where they do in --data_root.
 LAYOUT = {
-    "imagenet": ("regions", "imagenet_path", "ilsvrc/train"), "imagenet100": ("regions", "imagenet_path", "ilsvrc100/train"),
+    "imagenet": ("regions", "imagenet_path", "ilsvrc/train"),
+    "imagenet100": ("regions", "imagenet_path", "ilsvrc100/train"),
     "coco_pretrain": ("regions", "imagenet_path", "MSCoco/train2017"), "coco": ("coco", "coco_path", "MSCoco"),
     "voc": ("voc", "voc_path", "pascal/VOCdevkit"),
 }
@@ -101,8 +104,8 @@ MODEL_OF = {
         "lr_linear_proj_names", "lr_linear_proj_mult")},
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop", "shots",
-                "save_every")
+                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop",
+                "shots", "save_every")
 OF_EMBEDDINGS = ("obj_embedding_head", "object_embedding_coef", "load_embedding")  # that need --object_embedding_loss
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 # Flags of which one at most can decide what is trained on, and flags that mean nothing without another.
@@ -153,7 +156,8 @@ def _follow_layout(args: argparse.Namespace) -> None:
     """Let `--dataset` and `--data_root` say what other flags say, as in DETReg's program. A path that is given wins."""
     if args.dataset is None:
         if args.data_root is not None:
-            raise InputError(f"--data_root {args.data_root} has no effect without --dataset, which says what of it to use")
+            raise InputError(f"--data_root {args.data_root} has no effect without --dataset, which says what of it to "
+                             "use")
         return
     dataset_file, flag, place = LAYOUT[args.dataset]
     if args.dataset_file not in (None, dataset_file):

@@ -1,4 +1,4 @@
-"""When the learning rates fall: every `--lr_drop` epochs, or after the epochs in `--lr_drop_epochs`, each time to a tenth."""
+"""When the learning rates fall to a tenth: every `--lr_drop` epochs, or after those of `--lr_drop_epochs`."""
 import argparse
 from typing import Any, Dict, List, Sequence
 

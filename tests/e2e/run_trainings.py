@@ -1,6 +1,6 @@
 """Several trainings one after another in the same processes, which start up but once: a JSON list of main.py's flags.
 
-python run_trainings.py FILE, alone or under torchrun.
+torchrun … run_trainings.py FILE
 """
 import json
 import os

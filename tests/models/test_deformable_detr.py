@@ -43,7 +43,8 @@ def total(criterion, losses):
 
 @pytest.mark.parametrize("changes, shapes", [
     ({}, [(12, 16), (6, 8), (3, 4), (2, 2)]), ({"num_feature_levels": 1}, [(3, 4)]),
-    ({"num_feature_levels": 2}, [(6, 8), (3, 4)]), ({"num_feature_levels": 5}, [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)]),
+    ({"num_feature_levels": 2}, [(6, 8), (3, 4)]),
+    ({"num_feature_levels": 5}, [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)]),
     ({"num_feature_levels": 1, "dilation": True, "backbone": "resnet50"}, [(6, 8)]),
     ({"backbone_last_layer": "layer3", "num_feature_levels": 3}, [(12, 16), (6, 8), (3, 4)])])
 def test_levels_end_with_the_deepest_map_and_go_on_from_it(build, changes, shapes):
@@ -77,7 +78,8 @@ def test_shares_of_padding_and_centres_by_hand():
 def test_boxes_move_in_logits():
     delta = torch.tensor([LN3, 0.0, -LN3, 0.0])
     torch.testing.assert_close(move_boxes(torch.tensor([0.5, 0.75]), delta), torch.tensor([0.75, 0.75, 0.25, 0.5]))
-    torch.testing.assert_close(move_boxes(torch.tensor([0.25, 0.75, 0.75, 0.5]), delta), torch.tensor([0.5, 0.75, 0.5, 0.5]))
+    moved = move_boxes(torch.tensor([0.25, 0.75, 0.75, 0.5]), delta)
+    torch.testing.assert_close(moved, torch.tensor([0.5, 0.75, 0.5, 0.5]))
     assert move_boxes(torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.zeros(4)).isfinite().all()
 
 
@@ -116,7 +118,8 @@ def test_without_refinement_every_layer_starts_from_the_same_points(build, image
     nn.init.zeros_(model.transformer.reference_points.weight)
     out = model(images)
     for layer in [*out["aux_outputs"], out]:
-        torch.testing.assert_close(layer["pred_boxes"], torch.tensor([0.75, 0.5, 0.25, 0.75]).expand(2, 12, 4), rtol=0, atol=1e-5)
+        expected = torch.tensor([0.75, 0.5, 0.25, 0.75]).expand(2, 12, 4)
+        torch.testing.assert_close(layer["pred_boxes"], expected, rtol=0, atol=1e-5)
 
 
 def test_boxes_of_a_layer_train_its_own_head_alone(build, images):
@@ -156,7 +159,8 @@ def test_proposals_by_hand(build):
     transformer = model.transformer
     torch.testing.assert_close(features[0, ~left_out],
                                transformer.enc_output_norm(transformer.enc_output(encoded.memory))[0, ~left_out])
-    torch.testing.assert_close(features[0, left_out], transformer.enc_output_norm(transformer.enc_output.bias).expand(5, -1))
+    nothing = transformer.enc_output_norm(transformer.enc_output.bias)
+    torch.testing.assert_close(features[0, left_out], nothing.expand(5, -1))
 
 
 def test_proposals_at_the_very_edge_are_left_out(build):
@@ -172,7 +176,8 @@ def test_two_stages_by_hand(build):
     heads_that_move_by(model, [*DELTAS[:2], [LN3, 0.0, 0.0, 0.0]])  # the last one is the proposals'
     encoded = encoded_by_hand([torch.zeros(1, 2, 2, dtype=torch.bool)])
     logits, box_logits = model.proposals(encoded)
-    moved = torch.tensor([[0.5, 0.25, 0.05, 0.05], [0.9, 0.25, 0.05, 0.05], [0.5, 0.75, 0.05, 0.05], [0.9, 0.75, 0.05, 0.05]])
+    moved = torch.tensor([[0.5, 0.25, 0.05, 0.05], [0.9, 0.25, 0.05, 0.05], [0.5, 0.75, 0.05, 0.05],
+                          [0.9, 0.75, 0.05, 0.05]])
     torch.testing.assert_close(box_logits.sigmoid()[0], moved, rtol=0, atol=1e-6)
     logits = torch.zeros_like(logits)
     logits[0, :, 0] = torch.tensor([-1.0, 3.0, 1.0, 2.0])

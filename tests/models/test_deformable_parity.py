@@ -1,5 +1,5 @@
-"""Parity with the Deformable DETR of Hugging Face's `transformers`, which shares no code with ours: the same random weights
-must give the same predictions in every variant, and the same predictions the same losses."""
+"""Parity with the Deformable DETR of Hugging Face's `transformers`, which shares no code with ours: the same random
+weights must give the same predictions in every variant, and the same predictions the same losses."""
 import copy
 import re
 
@@ -73,7 +73,7 @@ def hugging_face_model(args):
         with_box_refine=args.with_box_refine, two_stage=args.two_stage, two_stage_num_proposals=args.num_queries,
         class_cost=int(args.set_cost_class), dropout=0.0, disable_custom_kernels=True))
     if args.with_box_refine:
-        # Since its version 5 the library gives all layers one class head here, unlike its earlier ones and the paper's weights.
+        # Since its version 5 the library gives all layers one class head here, unlike earlier ones and published weights.
         model.class_embed = nn.ModuleList(copy.deepcopy(head) for head in model.class_embed)
         if args.two_stage:
             model.model.decoder.class_embed = model.class_embed
@@ -100,7 +100,7 @@ def randomise(model):
 
 VARIANTS = {"plain": {}, "single scale": {"num_feature_levels": 1}, "five levels": {"num_feature_levels": 5},
             "points": {"enc_n_points": 2, "dec_n_points": 3}, "refined": {"with_box_refine": True},
-            "two stages": {"with_box_refine": True, "two_stage": True}}
+            "two stages": {"with_box_refine": True, "two_stage": True}}  # theirs has no two stages without refinement
 
 
 @pytest.fixture(params=VARIANTS)
@@ -127,7 +127,8 @@ def test_predictions_of_every_layer_and_losses(trio, images, targets):
     torch.testing.assert_close(out["pred_logits"], expected.logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(out["pred_boxes"], expected.pred_boxes, rtol=0, atol=1e-4)
     references = [expected.init_reference_points, *expected.intermediate_reference_points.unbind(1)[:-1]]
-    for i, (layer, state, reference) in enumerate(zip(layers, expected.intermediate_hidden_states.unbind(1), references)):
+    states = expected.intermediate_hidden_states.unbind(1)
+    for i, (layer, state, reference) in enumerate(zip(layers, states, references)):
         torch.testing.assert_close(layer["pred_logits"], theirs.class_embed[i](state), rtol=0, atol=1e-4)
         moved = theirs.bbox_embed[i](state)
         moved[..., :reference.shape[-1]] += torch.logit(reference, eps=1e-5)

@@ -1,4 +1,4 @@
-"""DETReg: the embedding loss by hand, targets against torchvision's network, and a frozen network that stays as it is."""
+"""DETReg: the embedding loss by hand, targets against torchvision's network, a frozen network that stays as it is."""
 from collections import OrderedDict
 
 import pytest
@@ -190,8 +190,8 @@ def test_one_file_gives_backbone_and_embeddings(tiny_args, tmp_path):
 def test_weights_without_a_projection_have_no_head(tiny_args, tmp_path):
     torch.save(torchvisions("resnet18")[0].state_dict(), tmp_path / "plain.pth")
     args = region_args(tiny_args, "detr", obj_embedding_head="head", load_embedding=str(tmp_path / "plain.pth"))
-    with pytest.raises(InputError, match=r"^--load_embedding .*plain.pth doesn't fit resnet18: 8 tensors are missing and "
-                                         r"0 have another shape, first projection_head.0.bias$"):
+    with pytest.raises(InputError, match=r"^--load_embedding .*plain.pth doesn't fit resnet18: 8 tensors are missing "
+                                         r"and 0 have another shape, first projection_head.0.bias$"):
         build_model(args)
 
 

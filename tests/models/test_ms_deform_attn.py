@@ -48,8 +48,9 @@ def by_definition(value, shapes, locations, weights):
             x, y = (locations[b, q, h, level, p] * torch.tensor([width, height]) - 0.5).tolist()
             column, row = math.floor(x), math.floor(y)
             fx, fy = x - column, y - row
-            sampled = ((1 - fy) * (1 - fx) * pixel(feature_map, row, column) + (1 - fy) * fx * pixel(feature_map, row, column + 1)
-                       + fy * (1 - fx) * pixel(feature_map, row + 1, column) + fy * fx * pixel(feature_map, row + 1, column + 1))
+            upper = (1 - fx) * pixel(feature_map, row, column) + fx * pixel(feature_map, row, column + 1)
+            lower = (1 - fx) * pixel(feature_map, row + 1, column) + fx * pixel(feature_map, row + 1, column + 1)
+            sampled = (1 - fy) * upper + fy * lower
             out[b, q, h] += weights[b, q, h, level, p] * sampled
     return out.flatten(2)
 

@@ -12,8 +12,8 @@ PANOPTIC = ["detr_resnet50_panoptic", "detr_resnet101_panoptic", "detr_resnet50_
 PRETRAINING = ["updetr_pretrain", "updetr_pretrain_no_recon", "updetr_pretrain_train_cnn"]
 DEFORMABLE = ["deformable_detr", "deformable_detr_single_scale", "deformable_detr_single_scale_dc5", "deformable_detr_refine",
               "deformable_detr_two_stage", "deformable_detr_two_stage_no_refine"]
-DETREG_PRETRAINING = ["detreg_detr_pretrain", "detreg_detr_pretrain_head", "detreg_def_pretrain", "detreg_def_pretrain_head",
-                      "detreg_def_pretrain_refine"]
+DETREG_PRETRAINING = ["detreg_detr_pretrain", "detreg_detr_pretrain_head", "detreg_def_pretrain",
+                      "detreg_def_pretrain_head", "detreg_def_pretrain_refine"]
 DETREG = [*DETREG_PRETRAINING, "detreg_detr_finetune", "detreg_def_finetune_voc"]
 
 # Recorded for every model, but flags here only where there are masks, or for DETR only.
@@ -132,8 +132,8 @@ def test_parameters_are_in_the_published_order(published):
     assert [key for key in own if key in pretext_only] == pretext_only
 
 
-@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", *PANOPTIC[::2], *PRETRAINING[:2], *DEFORMABLE,
-                                  *DETREG_PRETRAINING])
+@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_no_aux", *PANOPTIC[::2], *PRETRAINING[:2],
+                                  *DEFORMABLE, *DETREG_PRETRAINING])
 def test_losses_are_reported_under_the_published_names(published, images, targets, name):
     small = dict(backbone="resnet18", dilation=False, hidden_dim=32, nheads=4, enc_layers=1, dim_feedforward=32)
     model, criterion, _ = build_model(published_args(published, name, **small))
@@ -177,8 +177,8 @@ def test_fine_tuning_takes_from_a_pretrained_model_what_the_original_takes(publi
 
 @pytest.mark.parametrize("before, after, changes", [
     ("detreg_detr_pretrain", "detreg_detr_finetune", {}), ("detreg_def_pretrain", "deformable_detr", {}),
-    ("detreg_def_pretrain", "deformable_detr_refine", {}), ("detreg_def_pretrain", "deformable_detr", {"num_classes": 21}),
-    ("detreg_def_pretrain_refine", "deformable_detr_refine", {})])
+    ("detreg_def_pretrain", "deformable_detr_refine", {}),
+    ("detreg_def_pretrain", "deformable_detr", {"num_classes": 21}), ("detreg_def_pretrain_refine", "deformable_detr_refine", {})])
 def test_fine_tuning_takes_all_of_a_detreg_but_its_class_and_its_embeddings(published, before, after, changes):
     model = build_model(published_args(published, after, **changes))[0]
     pretrained = {name: torch.zeros(shape) for name, shape in published_shapes(published, before).items()}
@@ -194,7 +194,8 @@ def test_fine_tuning_takes_all_of_a_detreg_but_its_class_and_its_embeddings(publ
 
 
 def test_a_detregs_class_is_kept_only_when_asked_for(published):
-    pretrained = {name: torch.zeros(shape) for name, shape in published_shapes(published, "detreg_def_pretrain").items()}
+    shapes = published_shapes(published, "detreg_def_pretrain")
+    pretrained = {name: torch.zeros(shape) for name, shape in shapes.items()}
     model = build_model(published_args(published, "deformable_detr"))[0]
     report = load_pretrained(model, {"model": pretrained}, "checkpoint.pth", reset_classes=False)
     assert not report["missed"] and not model.state_dict()["class_embed.0.weight"].any()

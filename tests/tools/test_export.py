@@ -52,11 +52,14 @@ def load_pt2(path: Path) -> Tuple[Program, str]:
 # Programs and the JSON in their files, by torch or onnxruntime alone.
 LOADERS = {"onnx": load_onnx, "torchscript": load_torchscript, "pt2": load_pt2}
 KINDS = {"boxes": {"pre_norm": True, "backbone_last_layer": "layer3"},
-         "masks": {"masks": True, "mask_softmax": "per_head"}}
+         "masks": {"masks": True, "mask_softmax": "per_head"},
+         "deformable": {"model": "deformable_detr", "two_stage": True, "with_box_refine": True, "dec_layers": 2,
+                        "hidden_dim": 64}}
 
 
 @pytest.mark.parametrize("form, kind", [("onnx", "boxes"), ("onnx", "masks"), ("pt2", "boxes"),
-                                        ("torchscript", "boxes"), ("torchscript", "masks")])
+                                        ("torchscript", "boxes"), ("torchscript", "masks"),
+                                        ("torchscript", "deformable")])
 def test_written_programs_give_what_the_model_gives(form: str, kind: str, save_model: Callable[..., Path],
                                                     tmp_path: Path, run_main: Callable) -> None:
     skip_what_torch_cannot_write(form)
@@ -79,6 +82,7 @@ def test_written_programs_give_what_the_model_gives(form: str, kind: str, save_m
             torch.testing.assert_close(got[name], expected[name], atol=1e-4, rtol=1e-4)
     info = json.loads(info)
     assert info["class_names"] == {"1": "Käse"} and info["val_size"] == 64 and info["mean"] == [0.485, 0.456, 0.406]
+    assert info["scores"] == ("sigmoid" if kind == "deformable" else "softmax")
     if form == "onnx":
         assert_onnx_declares(path, kind)
 

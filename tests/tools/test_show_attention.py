@@ -114,6 +114,15 @@ def test_a_model_without_encoder(save_model: Callable[..., Path], photos: Path, 
     assert "--point 1,1 has no effect" in run_main(show_attention, [*words, "--point", "1,1"], status=2)
 
 
+def test_a_deformable_detr_is_refused(save_model: Callable[..., Path], photos: Path, tmp_path: Path,
+                                      run_main: Callable) -> None:
+    checkpoint = save_model("deformable.pth", model="deformable_detr")
+    assert run_main(show_attention, ["--checkpoint", checkpoint, photos / "wide.jpg", "--output", tmp_path / "a.png"],
+                    status=2) == (f"error: --checkpoint {checkpoint} holds a Deformable DETR; this program shows DETR's "
+                                  "attention, which looks at every place\n")
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_wrong_input_is_told_in_a_sentence(detector: Path, photos: Path, tmp_path: Path, run_main: Callable) -> None:
     def refused(*words: Any) -> str:
         return run_main(show_attention, ["--checkpoint", detector, photos / "wide.jpg", "--device", "cpu", "--output",

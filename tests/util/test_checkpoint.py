@@ -371,9 +371,10 @@ def test_a_detregs_class_stays_behind_unless_it_is_to_be_kept(pretraining, finet
 
 
 @pytest.mark.parametrize("pretraining, model, words", [
-    ("deformable", "detr", "a Deformable DETR with 4 feature levels and 5 classes but the flags describe a post-norm DETR "
-     "with 5 classes; is --model the one"),
-    ("detreg", "deformable", "a DETReg pre-training model: a post-norm DETR with 5 classes but the flags describe a Deformable")])
+    ("deformable", "detr", "a Deformable DETR with 4 feature levels and 5 classes but the flags describe a post-norm "
+     "DETR with 5 classes; is --model the one"),
+    ("detreg", "deformable", "a DETReg pre-training model: a post-norm DETR with 5 classes but the flags describe a "
+     "Deformable DETR")])
 def test_a_detector_doesnt_start_from_another_kind_of_detector(pretraining, model, words, models):
     with pytest.raises(InputError, match=f"^--pretrain a.pth holds {words}"):
         load_pretrained(models(model), {"model": models(pretraining).state_dict()}, "a.pth")

@@ -166,7 +166,8 @@ REGIONS = dict(lr_drop=40, lr_backbone=0, load_backbone="swav", load_embedding="
 
 
 @pytest.mark.parametrize("model, expected", [
-    ("deformable_detr", dict(**REGIONS, epochs=50, lr=2e-4, num_queries=300, cls_loss_coef=2, position_from_centre=None)),
+    ("deformable_detr", dict(**REGIONS, epochs=50, lr=2e-4, num_queries=300, cls_loss_coef=2,
+                             position_from_centre=None)),
     ("detr", dict(**REGIONS, epochs=60, lr=1e-4, num_queries=100, cls_loss_coef=1, eos_coef=0.1,
                   position_from_centre=True))])
 def test_published_defaults_of_detreg(model, expected):
@@ -187,7 +188,7 @@ def test_detregs_names_of_data(dataset, dataset_file, flag, path):
     assert getattr(resolved("--dataset", dataset, "--data_root", "/here"), flag) == path.replace("data", "/here", 1)
     assert getattr(resolved("--dataset", dataset, f"--{flag}", "there"), flag) == "there"
     recipes.require_data(args)
-    with pytest.raises(InputError, match=f"^--data_root /here has no effect with --{flag}, which says where the images "):
+    with pytest.raises(InputError, match=f"^--data_root /here has no effect with --{flag}, which says where the "):
         resolved("--dataset", dataset, "--data_root", "/here", f"--{flag}", "there")
 
 
@@ -223,7 +224,8 @@ def test_flags_of_masks_need_masks(flags):
 
 @pytest.mark.parametrize("model, flags, message", [
     ("deformable_detr", ("--masks",), "--masks is for --model detr only, not for deformable_detr"),
-    ("deformable_detr", ("--frozen_weights", "x.pth"), "--frozen_weights is for --model detr only, not for deformable_detr"),
+    ("deformable_detr", ("--frozen_weights", "x.pth"),
+     "--frozen_weights is for --model detr only, not for deformable_detr"),
     ("deformable_detr", ("--dice_loss_coef", 1), "--dice_loss_coef has no effect without --masks"),
     ("deformable_detr", ("--pre_norm",), "--pre_norm is for --model detr only, not for deformable_detr"),
     ("deformable_detr", ("--eos_coef", 0.1), "--eos_coef is for --model detr only, not for deformable_detr"),
@@ -264,8 +266,8 @@ def test_every_flag_left_open_has_a_default_somewhere():
               "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
               "class_list", "cache_path", "filter_file", "shots", "class_split", "class_part", "local_rank",
-              "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model", "lr_drop_epochs",
-              "dataset", "data_root"}
+              "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model",
+              "lr_drop_epochs", "dataset", "data_root"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -349,8 +351,8 @@ ABSENT = {"--cache_mode", "--viz"}
 # Flags that an original accepts in a training where they do nothing; here they are refused there.
 WITHOUT_EFFECT = {"updetr_pretrain": {"--mask_loss_coef", "--dice_loss_coef"},
                   "deformable": {"--masks", "--frozen_weights", "--mask_loss_coef", "--dice_loss_coef"},
-                  "detreg": {"--masks", "--frozen_weights", "--mask_loss_coef", "--dice_loss_coef", "--remove_difficult",
-                             "--pre_norm", "--eos_coef", "--filter_pct", "--filter_num"}}
+                  "detreg": {"--masks", "--frozen_weights", "--mask_loss_coef", "--dice_loss_coef",
+                             "--remove_difficult", "--pre_norm", "--eos_coef", "--filter_pct", "--filter_num"}}
 # Whose choices differ: proposals are chosen by the paper's names.
 OTHER_CHOICES = {"--strategy"}
 RECIPE_FLAGS = {"detr": (), "updetr_finetune": (), "updetr_pretrain": ("--dataset_file", "imagenet"),

@@ -72,8 +72,8 @@ def test_a_pre_training(args, model):
      "object embeddings: --obj_embedding_head head of --load_embedding swav, weight 0.5"),
     (dict(object_embedding_loss=False), "object embeddings: none (--object_embedding_loss predicts them)")])
 def test_a_pre_training_on_regions(args, model, flags, line):
-    vars(args).update(dataset_file="regions", max_prop=30, strategy="topk", cache_path="cache", obj_embedding_head="head",
-                      load_embedding="swav", object_embedding_coef=0.5, **flags)
+    vars(args).update(dataset_file="regions", max_prop=30, strategy="topk", cache_path="cache",
+                      obj_embedding_head="head", load_embedding="swav", object_embedding_coef=0.5, **flags)
     assert lines(args, model, None, {1: "region"})[-2:] == [
         "regions in an image: 30 at most, chosen by --strategy topk, from --cache_path cache", line]
 
