@@ -22,7 +22,7 @@ MODEL = ("--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nhe
 PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 16 --patch_size 40 --min_patch 16 --max_patch 96 "
             "--pretrain_sizes 128 --pretrain_max_size 128 --held_out_share 0.03 --lr 1e-3").split()
 PRETRAIN_BATCH = 16  # images a step, over all processes
-# Ten regions for the sixteen queries; they cover half of the objects. Never cropped, as below.
+# Ten regions for the sixteen queries; they cover two fifths of the objects. Never cropped, as below.
 REGIONS = ("--dataset_file regions --model detr --object_embedding_loss --max_prop 10 --patch_size 48 --pretrain_sizes 128 "
            "--pretrain_max_size 128 --crop_resize 128 --crop_size 1000 1000 --lr 1e-3").split()
 # Images of 128 pixels, never cropped (a crop larger than the image leaves it whole): in a training as short as this one,
