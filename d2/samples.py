@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datasets.checks import decode_segmentation
-from datasets.coco import make_coco_transforms
+from datasets.coco import training_augmentation
 from datasets.transforms import Compose, RandomResize, remove_objects
 from util.box_ops import box_xyxy_to_cxcywh
 from util.errors import InputError
@@ -40,9 +40,9 @@ def build_transform(config: Any, is_train: bool) -> Compose:
     crop, sizes, max_size = config["CROP"], list(config["MIN_SIZE_TRAIN"]), config["MAX_SIZE_TRAIN"]
     if crop["ENABLED"] and crop["TYPE"] != "absolute_range":
         raise InputError(f"INPUT.CROP.TYPE {crop['TYPE']}: DETR cuts by a range of pixels, absolute_range")
-    # DETR's pipeline is flip, resize (or cut), normalise.
-    flip, resize_or_crop, _ = make_coco_transforms("train", train_sizes=sizes, max_size=max_size,
-                                                   crop_size=list(crop["SIZE"]) if crop["ENABLED"] else None).transforms
+    # DETR's pipeline is flip, resize (or cut).
+    crop_size = list(crop["SIZE"]) if crop["ENABLED"] else None
+    flip, resize_or_crop = training_augmentation(sizes, max_size, None, crop_size).transforms
     resize = resize_or_crop if crop["ENABLED"] else RandomResize(sizes, max_size)
     return Compose([flip, resize] if config["RANDOM_FLIP"] == "horizontal" else [resize])
 
