@@ -2,7 +2,7 @@
 # UP-DETR, ResNet-50: fine-tuning on COCO train2017, 300 epochs, rates drop after 200
 # (Dai et al., 2021, https://arxiv.org/abs/2011.09094).
 #
-# Expected: AP 42.8 (the paper, table 2).
+# Expected: AP 42.8 (the paper).
 #   We have not trained it to the end ourselves, so there is no hardware and time to state.
 # Run:      GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 8 ./configs/UPDETR_fine_tune_coco_300ep.sh
 # Evaluate: ./configs/UPDETR_fine_tune_coco_300ep.sh --eval --resume FILE_OR_URL

@@ -2,7 +2,7 @@
 # UP-DETR's ablation with a single query patch (M = 1), otherwise as configs/UPDETR_pretrain.sh
 # (Dai et al., 2021, https://arxiv.org/abs/2011.09094): 60 epochs, rates drop after 40.
 #
-# Expected: less after fine-tuning than from ten patches (the paper's ablations).
+# Expected: see the paper's ablations.
 #   We have not trained it to the end ourselves, so there is no hardware and time to state.
 # Run:      GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 8 ./configs/UPDETR_pretrain_1patch.sh
 # Then:     ./configs/UPDETR_fine_tune_voc_150ep.sh --pretrain exps/UPDETR_pretrain_1patch/checkpoint.pth \
