@@ -27,7 +27,7 @@ from util.distributed import (all_gather, get_rank, get_world_size, init_distrib
 from util.errors import InputError, run_program
 from util.misc import collate_fn
 from util.progress import Progress
-from util.schedule import build_scheduler, drops_after
+from util.schedule import build_scheduler
 from util.summary import evaluation_summary, training_summary
 from util.training_state import TrainingState, append_log, find_resume, open_log
 
@@ -293,7 +293,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
         state.lr_scheduler.step()
         test_stats: Dict[str, Any] = {}
         files = []
-        if drops_after(epoch, args) or (epoch + 1) % 100 == 0:
+        if epoch + 1 in state.lr_scheduler.drop_epochs or (epoch + 1) % 100 == 0:
             files.append(f"checkpoint{epoch:04}.pth")
         if evaluation and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
             test_stats, figure = evaluation.run(state.model)
@@ -352,7 +352,7 @@ def initial_weights(state: TrainingState, checkpoint: Dict[str, Any], args: argp
     if args.resume and args.eval:
         load_model_strictly(state.model, checkpoint, args.resume)
     elif args.resume:
-        state.resume(checkpoint, args.resume, args.lr_drop)
+        state.resume(checkpoint, args.resume)
     elif args.frozen_weights:
         load_model_strictly(state.model.detr, checkpoint, f"--frozen_weights {args.frozen_weights}")
     elif args.pretrain:

@@ -3,14 +3,14 @@ import argparse
 from typing import Any, Dict, List, Sequence
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class DropAfterEpochs(LRScheduler):
     """Lets all rates fall to a tenth after each of the given numbers of epochs.
 
     What it was built with counts more than what a state from `state_dict` says, so that a training may go on with other
-    epochs, or from a checkpoint of one that dropped every so many.
+    epochs, or from a checkpoint of the original programs, which hold a StepLR's state.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, epochs: Sequence[int]) -> None:
@@ -23,17 +23,10 @@ class DropAfterEpochs(LRScheduler):
         return [group["lr"] * factor for group in self.optimizer.param_groups]
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Go on from a state, whatever epochs it names."""
+        """Go on from a state, this one's or a StepLR's, whatever epochs it names."""
         super().load_state_dict({**state_dict, "drop_epochs": self.drop_epochs})
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> LRScheduler:
+def build_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> DropAfterEpochs:
     """The schedule that the flags describe; it takes a step after each epoch."""
-    if args.lr_drop_epochs:
-        return DropAfterEpochs(optimizer, args.lr_drop_epochs)
-    return StepLR(optimizer, args.lr_drop)
-
-
-def drops_after(epoch: int, args: argparse.Namespace) -> bool:
-    """Whether the rates fall after an epoch, counted from 0."""
-    return epoch + 1 in args.lr_drop_epochs if args.lr_drop_epochs else (epoch + 1) % args.lr_drop == 0
+    return DropAfterEpochs(optimizer, args.lr_drop_epochs or range(args.lr_drop, args.epochs + 1, args.lr_drop))

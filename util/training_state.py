@@ -12,6 +12,7 @@ from torch import nn
 from util.checkpoint import load_model_strictly, random_state, save_checkpoint, set_random_state
 from util.distributed import all_gather, get_rank, is_main_process, print_main
 from util.errors import InputError
+from util.schedule import DropAfterEpochs
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -22,7 +23,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: DropAfterEpochs
     scaler: "torch.amp.GradScaler"
     class_names: Dict[int, str] = field(default_factory=dict)
     epoch: int = 0
@@ -44,10 +45,10 @@ class TrainingState:
         for name in file_names:
             save_checkpoint(checkpoint, os.path.join(args.output_dir, name))
 
-    def resume(self, checkpoint: Dict[str, Any], location: str, lr_drop: int) -> None:
+    def resume(self, checkpoint: Dict[str, Any], location: str) -> None:
         """Continue where a checkpoint stopped; official weight files, which hold a model alone, start at epoch 0.
 
-        A step drop given by `--lr_drop` counts from now on even if the checkpoint was trained with another.
+        The rates drop after the epochs that the flags name from now on, even if the checkpoint was trained with others.
         """
         load_model_strictly(self.model, checkpoint, location)
         if not {"optimizer", "lr_scheduler", "epoch"} <= set(checkpoint):
@@ -59,7 +60,6 @@ class TrainingState:
             raise InputError(f"--resume {location}: its optimizer state doesn't fit the flags ({error}); "
                              "does --lr_backbone or --frozen_weights freeze other layers now?") from error
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        self.lr_scheduler.step_size = lr_drop
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"] + 1

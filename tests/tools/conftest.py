@@ -11,6 +11,7 @@ from PIL import Image
 from main import build_optimizer
 from models import build_model
 from util.errors import run_program
+from util.schedule import DropAfterEpochs
 from util.training_state import TrainingState
 
 NAMES = {1: "disc", 2: "square", 3: "triangle", 4: "star"}
@@ -27,7 +28,7 @@ def save_model(tiny_args: Callable[..., argparse.Namespace], tmp_path: Path) -> 
         torch.manual_seed(3)
         model = build_model(args)[0]
         optimizer = build_optimizer(model, args)
-        state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        state = TrainingState(model, optimizer, DropAfterEpochs(optimizer, [1]),
                               torch.amp.GradScaler("cpu", enabled=False), class_names or {})
         state.save(args, 0, [name])
         return tmp_path / name

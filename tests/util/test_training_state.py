@@ -8,7 +8,7 @@ from torch import nn
 
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import InputError
-from util.schedule import build_scheduler, drops_after
+from util.schedule import DropAfterEpochs, build_scheduler
 from util.training_state import TrainingState, append_log, find_resume, open_log
 
 
@@ -18,7 +18,7 @@ def make_state(seed=0, lr_drop=2, parts=2):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     groups = [{"params": model[1].parameters()}, {"params": model[0].parameters(), "lr": 0.01}][:parts]
     optimizer = torch.optim.AdamW(groups, lr=0.1)
-    return TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, lr_drop),
+    return TrainingState(model, optimizer, DropAfterEpochs(optimizer, range(lr_drop, 10, lr_drop)),
                          torch.amp.GradScaler("cpu", enabled=False), {1: "cat"})
 
 
@@ -44,7 +44,7 @@ def test_resumed_training_goes_on_as_if_never_stopped(tmp_path):
         train_epoch(straight)
 
     resumed = make_state(seed=5)
-    resumed.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth", lr_drop=2)
+    resumed.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth")
     assert (resumed.epoch, resumed.best) == (1, 0.25)
     for _ in range(2):
         train_epoch(resumed)
@@ -67,7 +67,7 @@ def test_another_step_drop_counts_from_now_on(tmp_path):
     args = argparse.Namespace(output_dir=str(tmp_path))
     make_state(lr_drop=2).save(args, 0, ["checkpoint.pth"])
     state = make_state(lr_drop=1)
-    state.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth", lr_drop=1)
+    state.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth")
     train_epoch(state)
     assert rates(state) == pytest.approx([0.01, 0.001])
 
@@ -81,14 +81,14 @@ def test_rates_fall_after_named_epochs_whatever_a_checkpoint_did(tmp_path):
     for epoch in range(4):
         train_epoch(state)
         seen.append(rates(state)[0] / first[0])
-        assert drops_after(epoch, args) == (epoch in (0, 2))
+        assert (epoch + 1 in state.lr_scheduler.drop_epochs) == (epoch in (0, 2))
     assert seen == pytest.approx([0.1, 0.1, 0.01, 0.01])
 
     make_state(lr_drop=1).save(args, 0, ["checkpoint.pth"])
     for epochs, expected in (([3], 1), ([1], 0.1)):
         resumed = make_state()
         resumed.lr_scheduler = build_scheduler(resumed.optimizer, argparse.Namespace(lr_drop_epochs=epochs))
-        resumed.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth", lr_drop=None)
+        resumed.resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "checkpoint.pth")
         before = rates(resumed)
         train_epoch(resumed)
         assert rates(resumed) == pytest.approx([rate * expected for rate in before]), epochs
@@ -96,7 +96,7 @@ def test_rates_fall_after_named_epochs_whatever_a_checkpoint_did(tmp_path):
 
 def test_weights_alone_start_at_epoch_0(capsys):
     source, state = make_state(seed=1), make_state(seed=2)
-    state.resume({"model": source.model.state_dict()}, "detr.pth", lr_drop=2)
+    state.resume({"model": source.model.state_dict()}, "detr.pth")
     assert state.epoch == 0 and torch.equal(state.model[0].weight, source.model[0].weight)
     assert capsys.readouterr().out == "resume: detr.pth holds weights only; training starts at epoch 0\n"
 
@@ -107,9 +107,14 @@ def test_an_original_checkpoint_resumes_without_our_additions(tmp_path):
     make_state().save(args, 7, ["checkpoint.pth"])
     checkpoint = load_checkpoint(str(tmp_path / "checkpoint.pth"))
     original = {name: checkpoint[name] for name in ("model", "optimizer", "lr_scheduler", "epoch", "args")}
-    state = make_state(seed=3)
-    state.resume(original, "checkpoint.pth", lr_drop=2)
+    their_scheduler = torch.optim.lr_scheduler.StepLR(make_state().optimizer, step_size=3)
+    their_scheduler.last_epoch = 7
+    original["lr_scheduler"] = their_scheduler.state_dict()
+    state = make_state(seed=3, lr_drop=4)
+    state.resume(original, "checkpoint.pth")
     assert state.epoch == 8 and state.best is None
+    train_epoch(state)
+    assert rates(state) == pytest.approx([0.01, 0.001]), "8 is a multiple of --lr_drop 4, not of their 3"
 
 
 def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
@@ -117,7 +122,7 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
     make_state(parts=1).save(args, 0, ["checkpoint.pth"])
     with pytest.raises(InputError, match=r"^--resume a.pth: its optimizer state doesn't fit the flags \(.*\); "
                                          r"does --lr_backbone or --frozen_weights freeze other layers now\?$"):
-        make_state().resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "a.pth", lr_drop=2)
+        make_state().resume(load_checkpoint(str(tmp_path / "checkpoint.pth")), "a.pth")
 
 
 def test_which_checkpoint_resume_means(tmp_path, capsys):
