@@ -32,4 +32,4 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) outputs data
+	rm -rf $(VENV) $(DEMO_DIR)
