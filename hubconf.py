@@ -127,13 +127,13 @@ def updetr_resnet50(checkpoint: str = "", num_classes: typing.Optional[int] = No
         InputError (a ValueError): if the checkpoint can't be had or holds something else.
     """
     weights = _read(checkpoint, "checkpoint=")
-    state = weights.get("model", weights)
+    state = util.checkpoint.model_state(weights, checkpoint) if weights else {}
     if "patch2query.weight" in state:
         raise util.errors.InputError(f"checkpoint={checkpoint} holds an UP-DETR pre-training model: load it with "
                                      "updetr_resnet50_pretraining, or fine-tune it first with main.py --pretrain")
     if num_classes is None:
         num_classes = len(state["class_embed.weight"]) - 1 if "class_embed.weight" in state else 91
-    joiner, transformer = _parts("resnet50", pre_norm=True)
+    joiner, transformer = _parts("resnet50", pre_norm=True, from_centre=util.checkpoint.counts_from_centre(weights))
     model = models.detr.DETR(joiner, transformer, num_classes, _NUM_QUERIES)
     _fill(model, weights, checkpoint)
     return (model, models.detr.PostProcess()) if return_postprocessor else model
@@ -147,9 +147,8 @@ def updetr_resnet50_pretraining(checkpoint: str = "", num_patches: typing.Option
         num_patches: the most patches that an image is asked for at once; what the checkpoint was trained with, or 10.
     """
     weights = _read(checkpoint, "checkpoint=")
-    flags = weights.get("args", {})
-    flags = flags if isinstance(flags, dict) else vars(flags)
-    state = weights.get("model", weights)
+    flags = util.checkpoint.stored_flags(weights)
+    state = util.checkpoint.model_state(weights, checkpoint) if weights else {}
     joiner, transformer = _parts("resnet50", pre_norm=True)
     model = models.updetr.UPDETR(joiner, transformer, num_queries=_NUM_QUERIES,
                                  num_patches=num_patches or flags.get("num_patches") or 10,
@@ -177,13 +176,14 @@ def _panoptic(name: str, pretrained: _Weights, num_classes: int, threshold: floa
     return model, models.segmentation.PostProcessPanoptic(models.coco_is_thing_map(num_classes), threshold=threshold)
 
 
-def _parts(backbone_name: str, dilation: bool = False, pre_norm: bool = False,
-           all_maps: bool = False) -> typing.Tuple[_Module, _Module]:
+def _parts(backbone_name: str, dilation: bool = False, pre_norm: bool = False, all_maps: bool = False,
+           from_centre: bool = False) -> typing.Tuple[_Module, _Module]:
     """Backbone with position encoding, and transformer, at the published sizes; `all_maps` for a mask head."""
     backbone = models.backbone.Backbone(backbone_name, train_backbone=True, return_interm_layers=all_maps,
                                         dilation=dilation)
     transformer = models.transformer.Transformer(d_model=256, normalize_before=pre_norm, return_intermediate_dec=True)
-    positions = models.position_encoding.PositionEmbeddingSine(transformer.d_model // 2, normalize=True)
+    positions = models.position_encoding.PositionEmbeddingSine(transformer.d_model // 2, normalize=True,
+                                                               from_centre=from_centre)
     return models.backbone.Joiner(backbone, positions), transformer
 
 

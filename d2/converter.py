@@ -7,6 +7,7 @@ loses the rows of ids that no category has, since Detectron2 counts classes with
 """
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ if __name__ == "__main__":
 from d2.defaults import DETR
 from datasets.coco import class_names, read_ground_truth
 from tools.loading import architecture
-from util.checkpoint import describe_kind, detector_of, load_checkpoint, model_state, save_checkpoint
+from util.checkpoint import (EMBEDDING_HEAD, counts_from_centre, describe_kind, detector_of, load_checkpoint,
+                             model_state, save_checkpoint, stored_flags)
 from util.errors import InputError, run_program
 
 # Of the ids 1 … 90, COCO's detection task never used ten.
@@ -71,6 +73,8 @@ def convert(state: Dict[str, Tensor], category_ids: Optional[Sequence[int]],
                          "be converted")
     if any(name.startswith("backbone.1.") for name in detector):
         raise InputError("--source_model has learned position encodings; the Detectron2 wrapper knows sines only")
+    if EMBEDDING_HEAD in state:
+        raise InputError(f"--source_model holds {describe_kind(state)}: fine-tune it first with main.py --pretrain")
     pretext = "patch2query.weight" in state
     converted = {}
     for name, value in state.items():
@@ -112,12 +116,13 @@ def find_category_ids(checkpoint: Dict[str, Any], state: Dict[str, Tensor], anno
 def config_options(checkpoint: Dict[str, Any], state: Dict[str, Tensor], num_classes: Optional[int],
                    with_masks: bool = False) -> List[str]:
     """The options in which a config for this model differs from those in `configs/`: name, value, name, value …"""
-    stored = checkpoint.get("args") or {}
-    stored = stored if isinstance(stored, dict) else vars(stored)
-    told = {"nheads": stored.get("nheads", DETR["NHEADS"]), **architecture(detector_of(state), "--source_model")}
+    stored = stored_flags(checkpoint)
+    told = {"nheads": stored.get("nheads", DETR["NHEADS"]), **architecture(state, "--source_model")}
     options = {f"MODEL.DETR.{option}": told[flag] for flag, option in OPTION_OF.items() if told[flag] != DETR[option]}
     if num_classes not in (None, DETR["NUM_CLASSES"]):
         options["MODEL.DETR.NUM_CLASSES"] = num_classes
+    if counts_from_centre(checkpoint):
+        options["MODEL.DETR.POSITION_FROM_CENTRE"] = True
     if stored.get("mask_softmax") == "per_head":
         options["MODEL.DETR.MASK_SOFTMAX"] = "per_head"
     if told["backbone"] != "resnet50":
@@ -152,6 +157,9 @@ def main(args: argparse.Namespace) -> None:
     """
     checkpoint = load_checkpoint(args.source_model, flag="--source_model")
     state = model_state(checkpoint, args.source_model)
+    if stored_flags(checkpoint).get("position_embedding_scale") not in (None, 2 * math.pi):
+        raise InputError("--source_model has a --position_embedding_scale of its own, which the Detectron2 wrapper "
+                         "doesn't know")
     kind, category_ids = describe_kind(state), None
     if "patch2query.weight" not in state and "class_embed.weight" in detector_of(state):
         category_ids = find_category_ids(checkpoint, state, args.annotations)

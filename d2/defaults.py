@@ -18,6 +18,7 @@ DETR: Dict[str, Any] = {
     "ENC_LAYERS": 6,            # [--enc_layers]
     "DEC_LAYERS": 6,            # [--dec_layers]
     "PRE_NORM": False,          # [--pre_norm]
+    "POSITION_FROM_CENTRE": False,  # of what DETReg pre-trained [--position_from_centre]
     "HIDDEN_DIM": 256,          # [--hidden_dim]
     "NUM_OBJECT_QUERIES": 100,  # [--num_queries]
 }

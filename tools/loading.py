@@ -9,8 +9,8 @@ from main import get_args_parser
 from models import NUM_CLASSES, build_model, coco_is_thing_map
 from models.backbone import LAYERS
 from util import recipes
-from util.checkpoint import (counts_from_centre, describe_kind, detector_of, load_checkpoint, load_model_strictly,
-                             model_state, stored_flags)
+from util.checkpoint import (counts_from_centre, describe_kind, detector_of, is_deformable, load_checkpoint,
+                             load_model_strictly, model_state, stored_flags)
 from util.errors import InputError
 
 DETECTOR, PRETRAINED = "coco", "imagenet"  # the --dataset_file whose models they are
@@ -126,11 +126,6 @@ def architecture(state: Dict[str, Tensor], location: str, nheads: int = 8) -> Di
     return told
 
 
-def is_deformable(state: Dict[str, Tensor]) -> bool:
-    """Whether the tensors are a Deformable DETR's."""
-    return "transformer.level_embed" in state
-
-
 def _deformable_architecture(state: Dict[str, Tensor], location: str, nheads: int) -> Dict[str, Any]:
     num_levels, hidden_dim = state["transformer.level_embed"].shape
     enc_layers, dec_layers = (len(_next_parts(state, f"transformer.{part}.layers.")) for part in ("encoder", "decoder"))
@@ -171,9 +166,16 @@ def _next_parts(state: Dict[str, Tensor], prefix: str) -> Set[str]:
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str,
                          default_device: Optional[str] = None, required: bool = True) -> None:
-    """The flags that every program which loads a model has; give `given_flags` of them to `load_model`."""
+    """The flags that every program which loads a model has; pass `nheads` and `dilation` on to `load_model`."""
     parser.add_argument("--checkpoint", required=required, metavar="FILE_OR_URL", help=checkpoint_help)
     parser.add_argument("--device", default=default_device, help=f"({default_device or 'cuda if there is one, else cpu'})")
     group = parser.add_argument_group("for checkpoints that hold weights without flags")
     group.add_argument("--nheads", type=int, help="attention heads (8)")
     group.add_argument("--dilation", action="store_true", default=None, help="the backbone is a DC5")
+
+
+def require_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError unless each of these flags that is given is 1 or more."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)} is not at least 1")

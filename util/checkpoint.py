@@ -167,6 +167,11 @@ def model_state(checkpoint: Dict[str, Any], location: str) -> Dict[str, Tensor]:
     return state
 
 
+def is_deformable(state: Dict[str, Tensor]) -> bool:
+    """Whether the tensors are a Deformable DETR's."""
+    return "transformer.level_embed" in state
+
+
 def describe_kind(state: Dict[str, Tensor]) -> str:
     """What kind of model a state_dict belongs to, in words."""
     if "patch2query.weight" in state:
@@ -177,7 +182,7 @@ def describe_kind(state: Dict[str, Tensor]) -> str:
     if EMBEDDING_HEAD in state:
         rest = {name: value for name, value in state.items() if name != EMBEDDING_HEAD}
         return "a DETReg pre-training model: " + describe_kind(rest)
-    if "transformer.level_embed" in state:
+    if is_deformable(state):
         return _describe_deformable(state)
     if "transformer.decoder.norm.weight" in state:
         norm = "pre" if "transformer.encoder.norm.weight" in state else "post"
@@ -245,7 +250,7 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,
     fits = {name: value for name, value in state.items()
             if name in own and own[name].shape == value.shape and not (pretext_only and _is_class_head(name))}
     report = {"loaded": sorted(fits), "skipped": sorted(set(state) - set(fits)), "missed": sorted(set(own) - set(fits))}
-    if ("transformer.level_embed" in state) != ("transformer.level_embed" in own):
+    if is_deformable(state) != is_deformable(own):
         raise InputError(f"--pretrain {location} holds {describe_kind(state)} but the flags describe "
                          f"{describe_kind(own)}; is --model the one that it was trained with? "
                          "(for its backbone alone: --load_backbone)")

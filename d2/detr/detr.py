@@ -20,6 +20,7 @@ from models.transformer import Transformer
 from util.checkpoint import load_checkpoint, load_model_strictly, model_state
 from util.misc import nested_tensor_from_tensor_list
 
+
 @META_ARCH_REGISTRY.register()
 class Detr(nn.Module):
     """DETR, with masks if MODEL.MASK_ON; built from `MODEL.DETR`, `MODEL.BACKBONE` and `MODEL.PIXEL_MEAN`, `PIXEL_STD`.
@@ -107,7 +108,8 @@ def _instances(result: Dict[str, Tensor], size: Sequence[int]) -> Instances:
 def build_detr(cfg: CfgNode) -> nn.Module:
     """The model of `models.detr` or `models.segmentation` that the config describes, on a backbone of Detectron2's."""
     node = cfg.MODEL.DETR
-    backbone = Joiner(DetectronBackbone(cfg), PositionEmbeddingSine(node.HIDDEN_DIM // 2, normalize=True))
+    position = PositionEmbeddingSine(node.HIDDEN_DIM // 2, normalize=True, from_centre=node.POSITION_FROM_CENTRE)
+    backbone = Joiner(DetectronBackbone(cfg), position)
     transformer = Transformer(node.HIDDEN_DIM, node.NHEADS, node.ENC_LAYERS, node.DEC_LAYERS, node.DIM_FEEDFORWARD,
                               node.DROPOUT, normalize_before=node.PRE_NORM, return_intermediate_dec=True)
     detr = DETR(backbone, transformer, node.NUM_CLASSES, node.NUM_OBJECT_QUERIES, node.DEEP_SUPERVISION)

@@ -10,7 +10,7 @@ from commands import run
 from d2.converter import COCO_IDS, backbone_name, class_rows, config_options, convert, find_category_ids
 from models import build_model
 from models.detr import MLP
-from util.checkpoint import save_checkpoint
+from util.checkpoint import EMBEDDING_HEAD, save_checkpoint
 from util.errors import InputError
 
 
@@ -118,6 +118,20 @@ def test_options_name_what_differs_from_the_defaults(tiny_args) -> None:
         "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
         "MODEL.RESNETS.OUT_FEATURES": '["res4"]'}
     assert config_options({}, state, 3, with_masks=True)[-1] == '["res2", "res3", "res4"]'
+    centred = config_options({"args": {"nheads": 4, "position_from_centre": True}}, state, 3)
+    assert centred[centred.index("MODEL.DETR.POSITION_FROM_CENTRE") + 1] == "True"
+
+
+def test_heads_are_read_off_a_mask_model(tiny_args) -> None:
+    state = build_model(tiny_args(masks=True, nheads=4))[0].state_dict()
+    options = config_options({}, state, 3, with_masks=True)
+    assert options[options.index("MODEL.DETR.NHEADS") + 1] == "4"
+
+
+def test_a_pre_training_on_regions_is_refused(tiny_args) -> None:
+    state = {**build_model(tiny_args())[0].state_dict(), EMBEDDING_HEAD: torch.zeros(2, 2)}
+    with pytest.raises(InputError, match="^--source_model holds a DETReg pre-training model: .*: fine-tune it first with main.py --pretrain$"):
+        convert(state, [1])
 
 
 def test_the_published_resnet50_needs_no_options(published: Dict[str, Any]) -> None:
