@@ -33,7 +33,7 @@ def look(model: nn.Module, image: Tensor, *patches: Tensor, decoder_layer: Optio
         decoder_layer, encoder_layer: 1 for the first layer; the last by default.
 
     Returns:
-        the model's outputs for a batch of one, and the attention, on the CPU.
+        the detector's outputs for a batch of one, without masks, and the attention, on the CPU.
 
     Raises:
         InputError: if there is no such layer.
@@ -45,7 +45,7 @@ def look(model: nn.Module, image: Tensor, *patches: Tensor, decoder_layer: Optio
         maps = stack.enter_context(_kept_outputs(detr.input_proj))
         crossed = stack.enter_context(_kept_weights(decoder.multihead_attn))
         own = stack.enter_context(_kept_weights(encoder.self_attn)) if encoder is not None else []
-        outputs = model(image[None], *(some[None] for some in patches))
+        outputs = detr(image[None], *(some[None] for some in patches))
     size = maps[0].shape[-2:]
     return outputs, Attention(crossed[0][0].unflatten(1, size).cpu(),
                               own[0][0].unflatten(1, size).unflatten(0, size).cpu() if own else None)

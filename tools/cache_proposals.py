@@ -7,6 +7,7 @@ what is new. Several runs at once on one cache do no harm, but the same work.
 """
 import argparse
 import contextlib
+import datetime
 import os
 import signal
 import sys
@@ -114,7 +115,8 @@ class ProgressLine:
         text = f"{done:,} of {self.total:,} images ({done / self.total:.1%})"
         if new and now > self.start:
             rate = new / (now - self.start)
-            text += f", {rate:.1f} a second, about {duration((self.total - done) / rate)} left"
+            left = datetime.timedelta(seconds=round((self.total - done) / rate))
+            text += f", {rate:.1f} a second, about {left} left"
         if self.terminal:
             self.write("\r" + text.ljust(self.width))
             self.width = len(text)
@@ -126,12 +128,6 @@ class ProgressLine:
         if self.terminal and self.width:
             self.write("\r" + " " * self.width + "\r")
             self.width = 0
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 90 -> "0:01:30"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def fill(args: argparse.Namespace) -> None:
@@ -151,9 +147,10 @@ def fill(args: argparse.Namespace) -> None:
     start = time.monotonic()
     with _ending_at_interrupt():
         total = _follow(imap_in_processes(fill_part, jobs, workers), len(files))
+    took = datetime.timedelta(seconds=round(time.monotonic() - start))
     average = total.num_regions / max(total.num_images - len(total.unreadable), 1)
     print(f"{args.cache_path}: {average:.0f} regions on average of {total.num_images:,} images; {total.num_new:,} were "
-          f"new, {len(total.unreadable):,} could not be read; took {duration(time.monotonic() - start)}", flush=True)
+          f"new, {len(total.unreadable):,} could not be read; took {took}", flush=True)
 
 
 def _follow(parts: Iterable[Part], num_images: int) -> Part:

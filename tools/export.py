@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import require_ending, writing
+from tools.predict import names_of_classes
 from util.errors import InputError, run_program
 from util.misc import NestedTensor
 
@@ -207,7 +208,7 @@ def largest_differences(model: PlainDetector, program: Program) -> Dict[str, flo
 
 def describe(loaded: Loaded) -> str:
     """What a user of the program must know, as JSON."""
-    return json.dumps({"class_names": loaded.class_names, "is_thing": loaded.is_thing_map, "mean": IMAGENET_MEAN,
+    return json.dumps({"class_names": names_of_classes(loaded, None), "is_thing": loaded.is_thing_map, "mean": IMAGENET_MEAN,
                        "std": IMAGENET_STD, "val_size": loaded.args.val_size, "max_size": loaded.args.max_size,
                        "scores": "sigmoid" if loaded.args.model == "deformable_detr" else "softmax"},
                       ensure_ascii=False)

@@ -23,12 +23,11 @@ from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, RandomPatches
 from datasets.transforms import normalize_image, resize_to, resized_size, sample_rng
 from engine import most_confident_boxes
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font, text_colour, to_picture
-from tools.loading import PRETRAINED, Loaded, add_checkpoint_flags, load_model
-from tools.output import require_ending, write_json_lines, writing
+from tools.loading import PRETRAINED, Loaded, add_checkpoint_flags, load_model, require_at_least_one
+from tools.output import PICTURES, require_ending, write_json_lines, writing
 from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
 from util.errors import InputError, run_program
 
-FORMATS = (".png", ".jpg", ".webp")
 # Of the figure, in pixels: least side of the square that a patch is drawn in, the frame around it, space, headline.
 CELL, FRAME, MARGIN, HEADER = 120, 5, 6, 28
 
@@ -220,10 +219,8 @@ def read_resized(path: str, size: int, max_size: int) -> Tuple[Tensor, Tuple[int
 
 def main(args: argparse.Namespace) -> None:
     """Cut, look, draw and write."""
-    for name in ("size", "max_size", "patch_size", "num_patches"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} is not at least 1")
-    require_ending(args.output, FORMATS, "--output")
+    require_at_least_one(args, "size", "max_size", "patch_size", "num_patches")
+    require_ending(args.output, PICTURES, "--output")
     loaded = load_model(args.checkpoint, PRETRAINED, args.device, nheads=args.nheads, dilation=args.dilation,
                         num_patches=args.num_patches, patch_size=args.patch_size)
     size = args.size or max(loaded.args.pretrain_sizes or PRETRAIN_SIZES)

@@ -6,6 +6,7 @@ from typing import Any, Dict, Iterator, Sequence
 
 from util.errors import InputError
 
+PICTURES = (".png", ".jpg", ".webp")
 
 @contextlib.contextmanager
 def writing(flag: str, path: str) -> Iterator[None]:

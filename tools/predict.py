@@ -30,7 +30,7 @@ from datasets.image_io import UnreadableImage, read_image
 from datasets.pretext import list_images
 from models import build_postprocess
 from models.segmentation import PostProcessPanoptic, PostProcessSegm
-from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
+from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
 from tools.output import write_json_lines, writing
 from tools.views import ObjectView, PanopticView
 from util.errors import InputError, run_program
@@ -212,9 +212,7 @@ def main(args: argparse.Namespace) -> None:
     """Detect, draw and write; exits with status 1 at the end if some images could not be read."""
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold} is not within 0 and 1")
-    for name in ("batch_size", "val_size", "max_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} is not at least 1")
+    require_at_least_one(args, "batch_size", "val_size", "max_size")
     sources = find_images(args.images, args.output_dir)
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
                         val_size=args.val_size, max_size=args.max_size, mask_softmax=args.mask_softmax)

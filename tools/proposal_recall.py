@@ -27,7 +27,7 @@ from datasets.image_io import UnreadableImage
 from datasets.selective_search import require_opencv
 from engine import to_device
 from tools.cache_proposals import ProgressLine
-from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
+from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
 from tools.output import writing
 from tools.regions import find_objects, search_regions
 from util import recipes
@@ -36,6 +36,8 @@ from util.parallel import imap_in_processes
 
 COUNTS = (10, 100, 1000)  # boxes per image
 AREAS = ("AR", "AR_small", "AR_medium", "AR_large")  # of pycocotools' areas: all, below 32² pixels, to 96², above
+# Flags that selective search has no use for.
+OF_MODEL = ("device", "nheads", "dilation", "val_size", "max_size", "batch_size")
 DATA_FLAGS = ("coco_path", "val_images", "val_annotations", "voc_path")  # as main.py's
 
 Found = Tuple[int, Tensor, Tensor]  # image id, xyxy boxes [n, 4] in pixels of the image, scores [n]
@@ -55,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_size", type=int, help="short side that images are resized to for the model (as in its "
                         "training's evaluation)")
     parser.add_argument("--max_size", type=int, help="largest long side (likewise)")
-    parser.add_argument("--batch_size", type=int, default=1, help="images at a time (1)")
+    parser.add_argument("--batch_size", type=int, help="images at a time (1)")
     parser.add_argument("--num_workers", type=int, help="loading processes (2); of selective search one per CPU")
     parser.add_argument("--output", help="JSON file to write the figures to")
     return parser
@@ -158,9 +160,11 @@ def main(args: argparse.Namespace) -> None:
     """Find boxes, evaluate them, print the figures and write them if asked to."""
     if bool(args.checkpoint) == args.selective_search:
         raise InputError("whose boxes? give either --checkpoint FILE_OR_URL or --selective_search")
-    for name in ("batch_size", "val_size", "max_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} is not at least 1")
+    require_at_least_one(args, "batch_size", "val_size", "max_size")
+    for name in OF_MODEL if args.selective_search else ():
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} has no effect with --selective_search")
+    args.batch_size = args.batch_size or 1
     loaded = None
     if args.selective_search:
         require_opencv()

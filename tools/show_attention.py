@@ -17,14 +17,13 @@ from datasets.transforms import normalize_image, resize_to, resized_size
 from models.detr import PostProcess
 from tools.attention import Attention, enlarge, look, stride_of
 from tools.drawing import Colour, LabelledBox, Rectangle, distinct_colour, draw_boxes, font, text_colour, to_picture
-from tools.loading import DETECTOR, add_checkpoint_flags, load_model
-from tools.output import require_ending, writing
+from tools.loading import DETECTOR, add_checkpoint_flags, load_model, require_at_least_one
+from tools.output import PICTURES, require_ending, writing
 from tools.predict import names_of_classes
 from util.errors import InputError, run_program
 from util.plot_utils import pyplot
 from util.recipes import MODELS
 
-FORMATS = (".png", ".jpg", ".webp")
 # Of the picture: maps in a row, long side of a map, height of captions, height of headlines, space, in pixels.
 COLUMNS, CELL, CAPTION, HEADER, MARGIN = 4, 320, 22, 30, 8
 DEFAULT_POINTS = 4  # at most
@@ -185,10 +184,8 @@ def main(args: argparse.Namespace) -> None:
     """Look, draw and write."""
     if not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold} is not within 0 and 1")
-    for name in ("max_detections", "val_size", "max_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} is not at least 1")
-    require_ending(args.output, FORMATS, "--output")
+    require_at_least_one(args, "max_detections", "val_size", "max_size")
+    require_ending(args.output, PICTURES, "--output")
     try:
         image, (height, width) = read_image(args.image)
     except UnreadableImage as error:

@@ -16,13 +16,12 @@ from datasets.coco import make_coco_transforms
 from datasets.image_io import UnreadableImage, read_image
 from datasets.selective_search import require_opencv
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font
-from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
-from tools.output import require_ending, writing
+from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
+from tools.output import PICTURES, require_ending, writing
 from tools.regions import find_objects, search_regions
 from util.errors import InputError, run_program
 from util.misc import nested_tensor_from_tensor_list
 
-FORMATS = (".png", ".jpg", ".webp")
 # Of the figure, in pixels: largest sides of an image, space between images, and the headline.
 PANEL, MARGIN, HEADER = 400, 6, 28
 
@@ -88,10 +87,8 @@ def draw(rows: List[Tuple[Image.Image, Image.Image]], headlines: Tuple[str, str]
 
 def main(args: argparse.Namespace) -> None:
     """Propose, find, draw and write."""
-    for name in ("num_boxes", "val_size", "max_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} is not at least 1")
-    require_ending(args.output, FORMATS, "--output")
+    require_at_least_one(args, "num_boxes", "val_size", "max_size")
+    require_ending(args.output, PICTURES, "--output")
     require_opencv()
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
                         val_size=args.val_size, max_size=args.max_size)

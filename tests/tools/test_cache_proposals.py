@@ -11,7 +11,7 @@ from PIL import Image
 
 from datasets.proposal_cache import ProposalCache
 from tools import cache_proposals
-from tools.cache_proposals import SECONDS_PER_LINE, ProgressLine, duration
+from tools.cache_proposals import SECONDS_PER_LINE, ProgressLine
 from util.errors import InputError
 
 
@@ -97,4 +97,4 @@ def test_progress_is_one_changing_line_on_a_terminal_and_a_line_now_and_then_els
     line.clear()
     assert written[:2] == ["\r1,000 of 4,000 images (25.0%)",
                            "\r3,000 of 4,000 images (75.0%), 100.0 a second, about 0:00:10 left"]
-    assert written[2].strip() == "" and duration(3661) == "1:01:01"
+    assert written[2].strip() == ""

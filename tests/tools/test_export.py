@@ -114,6 +114,7 @@ def test_a_panoptic_model_of_coco(save_model: Callable[..., Path], tmp_path: Pat
     run_main(export, ["--checkpoint", checkpoint, "--format", "torchscript", "--output", path, "--mask_softmax", "joint"])
     program, info = load_torchscript(path)
     assert [json.loads(info)["is_thing"][label] for label in ("1", "90", "92", "200")] == [True, True, False, False]
+    assert json.loads(info)["class_names"]["1"] == "person"
     images, mask = fresh_batch(*INPUTS[1])
     joint, per_head = (export.PlainDetector(load_model(str(checkpoint), DETECTOR, "cpu", mask_softmax=softmax).model)
                        for softmax in ("joint", "per_head"))
@@ -122,8 +123,8 @@ def test_a_panoptic_model_of_coco(save_model: Callable[..., Path], tmp_path: Pat
     assert (masks - per_head(images, mask)["pred_masks"]).abs().max() > 1e-4
 
 
-def test_what_is_padded_does_not_count(save_model: Callable[..., Path], tmp_path: Path, run_main: Callable) -> None:
-    """The mask is an input that works: other padding, other boxes; other pixels under the padding, the same."""
+def test_the_mask_is_an_input_that_works(save_model: Callable[..., Path], tmp_path: Path, run_main: Callable) -> None:
+    """Other padding, other boxes."""
     path = tmp_path / "detr.pt"
     run_main(export, ["--checkpoint", save_model("model.pth"), "--format", "torchscript", "--output", path])
     program = torch.jit.load(str(path))
