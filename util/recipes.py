@@ -192,6 +192,8 @@ def _check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} must be at least 1")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise InputError(f"--num_workers {args.num_workers} must be at least 0")
     if args.hidden_dim % 4 or args.hidden_dim % args.nheads:
         raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 4 and of --nheads {args.nheads}")
     if args.model == "deformable_detr" and args.hidden_dim % 32:

@@ -208,6 +208,7 @@ def test_detregs_names_of_data(dataset, dataset_file, flag, path):
      "--position_from_centre has no effect without --position_embedding sine"),
     (("--model", "deformable_detr", "--position_from_centre"),
      "--position_from_centre is for --model detr only, not for deformable_detr"),
+    (("--num_workers", -1), "--num_workers -1 must be at least 0"),
     (("--save_every", 0), "--save_every 0 must be at least 1")])
 def test_flags_of_detreg_that_mean_nothing(flags, message):
     with pytest.raises(InputError, match=f"^{message}$"):
