@@ -10,12 +10,13 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, objects_per_image
 from datasets.coco_panoptic import is_thing_map
 from datasets.pretext import PretextDataset
 from datasets.regions import STRATEGIES
+from datasets.sampling import TrainBatches
 from engine import evaluate, evaluate_patches, train_one_epoch
 from models import build_model
 from models.detreg import HEADS
@@ -218,10 +219,11 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
 
 def build_train_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
     """Shuffled batches of equal size, shared out among processes; an incomplete last batch is left out."""
-    sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=args.seed)
-    if len(sampler) < args.batch_size:
-        raise InputError(f"--batch_size {args.batch_size} is more than the {len(sampler)} training images of each process")
-    return _loader(dataset, BatchSampler(sampler, args.batch_size, drop_last=True), args)
+    batches = TrainBatches(len(dataset), args.batch_size, args.seed, get_rank(), get_world_size())
+    if not len(batches):
+        raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset) // get_world_size()} training images "
+                         "of each process")
+    return _loader(dataset, batches, args)
 
 
 def build_val_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
@@ -284,7 +286,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
         open_log(args.output_dir, state.epoch)
     start = time.perf_counter()
     for epoch in range(state.epoch, args.epochs):
-        loader.batch_sampler.sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
         dataset.set_epoch(epoch)
         train_stats = train_one_epoch(model, criterion, loader, state.optimizer, torch.device(args.device), epoch,
                                       args.clip_max_norm, accumulate_steps=args.accumulate_steps,
