@@ -115,7 +115,8 @@ def save_checkpoint(checkpoint: Dict[str, Any], path: str, previous: str = "") -
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # to be read from the disk, not from memory
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # to be read from the disk, not from memory
         if not is_whole(temporary):
             raise OSError("what was written could not be read back")
         if previous and os.path.exists(path):

@@ -58,14 +58,19 @@ def write_all(checkpoint: Dict[str, Any], paths: Sequence[str]) -> None:
         save_checkpoint(checkpoint, path, os.path.join(folder, PREVIOUS) if name == LAST else "")
 
 
-def host_copy(value: Any) -> Any:
-    """A copy of nested containers whose tensors are on the host and share no memory with the given ones."""
+def host_copy(value: Any, copies: Optional[Dict[Any, Tensor]] = None) -> Any:
+    """A copy of nested containers whose tensors are on the host and share no memory with the given ones. A tensor that
+    comes twice, as tied weights do, does so in the copy."""
+    copies = {} if copies is None else copies
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else id(value)
+        if key not in copies:
+            copies[key] = value.detach().to("cpu", copy=True)
+        return copies[key]
     if isinstance(value, dict):
-        return type(value)((name, host_copy(item)) for name, item in value.items())
+        return type(value)((name, host_copy(item, copies)) for name, item in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value)(host_copy(item) for item in value)
+        return type(value)(host_copy(item, copies) for item in value)
     return value
 
 

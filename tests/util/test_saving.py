@@ -135,6 +135,9 @@ def test_host_copies_keep_the_structure():
     original["a"][0].zero_()
     assert copy["a"][0].tolist() == [1, 1] and copy["a"][1:] == [3, None]
     assert copy["b"]["c"][1] == "d" and copy["b"]["c"][0].tolist() == [0]
+    tied = torch.ones(2)
+    copy = host_copy({"a": tied, "b": tied, "part": tied[:1]})
+    assert copy["a"] is copy["b"] and copy["part"].tolist() == [1]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
