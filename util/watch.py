@@ -136,7 +136,8 @@ class StepWatch:
 
     def _fail(self, step: _Step, what: str, mine: bool = True) -> None:
         ids = image_ids(step.targets)
-        message = f"{what} (epoch {step.epoch}, step {step.step}" + (f", image ids {', '.join(map(str, ids))})" if mine else ")")
+        shown = f", image ids {', '.join(map(str, ids))}" if mine else ""
+        message = f"{what} (epoch {step.epoch}, step {step.step}{shown})"
         hint = ""
         if mine and self.on_failure:
             hint = self.on_failure({

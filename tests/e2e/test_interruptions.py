@@ -27,7 +27,8 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(toy):
     """By stage, those of a training of two epochs with six steps in each."""
-    common = ["--backbone_last_layer", "layer3", "--load_backbone", "none", "--epochs", "2", "--lr_drop", "1", "--device", "cpu", "--num_workers", "0"]
+    common = ("--backbone_last_layer layer3 --load_backbone none --epochs 2 --lr_drop 1 --device cpu "
+              "--num_workers 0").split()
     return {"train": [*SMALL_COCO, "--coco_path", toy / "coco", "--eval_every", "2", *common],
             "pretrain": [*SMALL_PRETRAIN, "--batch_size", "2", "--imagenet_path", toy / "unlabelled", "--feature_recon",
                          "--num_queries", "20", "--query_shuffle", *common]}
