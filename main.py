@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, objects_per_image
 from datasets.coco_panoptic import is_thing_map
-from datasets.pretext import PretextDataset
 from datasets.regions import STRATEGIES
 from datasets.sampling import TrainBatches
 from engine import evaluate, evaluate_patches, train_one_epoch
@@ -329,9 +328,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
 
 
 def _unreadable(dataset: Any) -> Dict[str, int]:
-    """How many files of a pretext data set could not be read so far by any process, for the log."""
-    if not isinstance(dataset, PretextDataset):
-        return {}
+    """How many images of a data set could not be read so far by any process, for the log."""
     unreadable = dataset.gather_unreadable()
     if unreadable:
         print_main(f"{len(unreadable)} unreadable images were replaced so far: {', '.join(unreadable[:5])}"

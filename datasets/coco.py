@@ -19,7 +19,9 @@ from torch.utils.data import Dataset
 from datasets import transforms as T
 from datasets.checks import (Problem, class_names, draw_segmentation, ground_truth_problems, is_count, raise_first,
                              read_labelled_image)
+from datasets.image_io import UnreadableImage
 from datasets.subsets import restriction
+from datasets.usable_images import UsableImages
 from util.distributed import print_main
 from util.errors import InputError
 
@@ -53,7 +55,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
-                         num_classes=num_classes, restrict=restriction(image_set, args))
+                         num_classes=num_classes, restrict=restriction(image_set, args),
+                         training=image_set == "train" and augment)
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -162,6 +165,10 @@ class DetectionDataset(Dataset):
     Crowd annotations and boxes without area are left out of the targets; `coco` keeps everything for evaluation.
     Images without annotations are kept.
 
+    In training an image that is missing or broken, or doesn't go with its annotations, is reported once on standard
+    error, and the next usable one takes its place, up to 1 % of all. In evaluation, whose numbers it would change, it
+    is refused.
+
     Args:
         img_folder: folder that the file names of the ground truth are relative to.
         ground_truth: checked COCO dict (see `check_ground_truth`).
@@ -170,6 +177,7 @@ class DetectionDataset(Dataset):
         return_masks: whether targets hold `masks`.
         seed: seed of the run.
         remove_difficult: leave annotations marked `difficult` out of the targets.
+        training: whether this is for training or for evaluation.
         index: makes the `COCO` object of the ground truth.
 
     Attributes:
@@ -187,6 +195,7 @@ class DetectionDataset(Dataset):
         *,
         seed: int = 0,
         remove_difficult: bool = False,
+        training: bool = False,
         index: Callable[[dict], COCO] | None = None,
     ) -> None:
         self.img_folder = Path(img_folder)
@@ -195,9 +204,11 @@ class DetectionDataset(Dataset):
         self.return_masks = return_masks
         self.seed = seed
         self.remove_difficult = remove_difficult
+        self.training = training
         self.coco = (index or index_ground_truth)(ground_truth)
         self.ids = sorted(self.coco.imgs)
         self._objects, self._starts = self._pack_annotations()
+        self._usable = UsableImages(len(self.ids), str(source), self._name)
         # In shared memory, so that workers which outlive an epoch see the new one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -221,6 +232,14 @@ class DetectionDataset(Dataset):
         """Returns how many annotations each sample's target is made from, int64 [len(self)]."""
         return torch.tensor(self._starts[:len(self.ids) + 1]).diff()
 
+    def gather_unreadable(self) -> list[str]:
+        """Returns the file names of images that no process could read so far; each process must call this.
+
+        Raises:
+            InputError: on all processes, when these are more than 1 % of the images (and more than one).
+        """
+        return self._usable.gather_unreadable()
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -233,13 +252,30 @@ class DetectionDataset(Dataset):
             width), and `masks` bool [n, H, W] where asked.
 
         Raises:
-            InputError: the image is missing, broken or of another size than its annotation says.
+            InputError: the image is missing, broken or of another size than its annotation says, or a mask can't be
+                drawn; in training, too many are.
         """
-        image = self._read_image(self.ids[index])
-        target = self._target(index, *image.shape[-2:])
+        if self.training:
+            count = len(self)
+            index, (image, target) = self._usable.first(((index + step) % count for step in range(count)), self._show)
+        else:
+            image, target = self._read(index)
         if self.transforms is None:
             return image, target
         return self.transforms(image, target, T.sample_rng(self.seed, int(self._epoch), index))
+
+    def _read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image = self._read_image(self.ids[index])
+        return image, self._target(index, *image.shape[-2:])
+
+    def _show(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            return self._read(index)
+        except InputError as error:
+            raise UnreadableImage(str(error)) from error
+
+    def _name(self, index: int) -> str:
+        return self.coco.imgs[self.ids[index]]["file_name"]
 
     def _read_image(self, image_id: int) -> Tensor:
         image, problem = read_labelled_image(self.img_folder, self.coco.imgs[image_id], self.source)
@@ -307,6 +343,7 @@ class CocoDetection(DetectionDataset):
         seed: seed of the run.
         num_classes: number of classes of the model; None for the highest category id + 1.
         restrict: makes of the checked COCO dict the one to use, see `datasets.subsets`; None uses it all.
+        training: whether this is for training or for evaluation.
 
     Raises:
         InputError: the folder is missing, or the JSON is missing, broken, or wrong in a way `check_ground_truth` finds.
@@ -322,6 +359,7 @@ class CocoDetection(DetectionDataset):
         seed: int = 0,
         num_classes: int | None = None,
         restrict: Callable[[dict], dict] | None = None,
+        training: bool = False,
     ) -> None:
         if not Path(img_folder).is_dir():
             raise InputError(f"image folder {img_folder} does not exist")
@@ -329,7 +367,7 @@ class CocoDetection(DetectionDataset):
         num_classes = num_classes_of(ground_truth, ann_file, num_classes)
         check_ground_truth(ground_truth, ann_file, num_classes, need_masks=return_masks)
         ground_truth = restrict(ground_truth) if restrict else ground_truth
-        super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed)
+        super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed, training=training)
 
 
 def read_ground_truth(ann_file: str | os.PathLike) -> dict:

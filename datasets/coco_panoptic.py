@@ -45,7 +45,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     dataset = CocoPanoptic(image_folder(image_set, args), ann_folder, ann_file, transforms,
-                           getattr(args, "masks", False), seed=args.seed, num_classes=num_classes)
+                           getattr(args, "masks", False), seed=args.seed, num_classes=num_classes,
+                           training=image_set == "train" and augment)
     if image_set == "val" and args.coco_path and not getattr(args, "val_annotations", None):
         dataset.instances = _read_instances(Path(args.coco_path) / "annotations" / "instances_val2017.json", dataset)
     if image_set == "val" and dataset.return_masks:
@@ -90,6 +91,7 @@ class CocoPanoptic(DetectionDataset):
         return_masks: whether targets hold `masks`.
         seed: seed of the run.
         num_classes: number of classes of the model; None for the highest category id + 1.
+        training: whether this is for training or for evaluation.
 
     Attributes:
         coco: the segments as a COCO ground truth, numbered anew from 1, each with its `segment_id`; their masks are
@@ -99,7 +101,8 @@ class CocoPanoptic(DetectionDataset):
 
     Raises:
         InputError: a folder is missing, or the JSON is missing, broken or wrong. Reading a sample raises it, with file
-            and id, where the image or the PNG is missing, broken or of another size, or a segment has no pixel.
+            and id, where the image or the PNG is missing, broken or of another size, or a segment has no pixel (in
+            training: where too many are so).
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class CocoPanoptic(DetectionDataset):
         *,
         seed: int = 0,
         num_classes: int | None = None,
+        training: bool = False,
     ) -> None:
         if not Path(img_folder).is_dir():
             raise InputError(f"image folder {img_folder} does not exist")
@@ -124,7 +128,7 @@ class CocoPanoptic(DetectionDataset):
         self.instances: COCO | None = None
         truth = partial(_index_segments, ann_folder=Path(ann_folder), source=ann_file)
         super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
-                         index=truth)
+                         training=training, index=truth)
 
     def _masks(self, image_id: int, height: int, width: int) -> Tensor:
         """Reads the masks of an image's objects, bool [n, height, width]."""

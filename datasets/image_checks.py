@@ -8,7 +8,8 @@ from typing import NamedTuple
 from datasets.checks import Problem, box_faults, draw_segmentation, mask_box_fault, read_labelled_image
 from datasets.image_io import UnreadableImage, read_image
 from datasets.panoptic import read_segment_ids, segment_problems
-from datasets.pretext import MIN_IMAGE_SIDE, UNREADABLE_SHARE
+from datasets.pretext import MIN_IMAGE_SIDE
+from datasets.usable_images import UNREADABLE_SHARE
 
 __all__ = ["ImageCheck", "InstancesCheck", "PanopticCheck"]
 

@@ -9,7 +9,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS as IMAGE_EXTENSIONS
 
-__all__ = ["IMAGE_EXTENSIONS", "UnreadableImage", "pil_to_rgb_tensor", "read_image"]
+__all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "UnreadableImage", "pil_to_rgb_tensor", "read_image"]
+
+# A file of a few kilobytes may decode to gigabytes. Larger images than this, 400 MB as RGB, count as unreadable; Pillow
+# would only warn of them, and refuse those of twice the size.
+MAX_PIXELS = 2**27
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 # A reduced JPEG decode keeps at least this many times the wanted resolution, so that the antialiased resize
 # which follows still does the filtering (the value of Pillow's own thumbnails).
@@ -32,14 +37,18 @@ def read_image(path: str | os.PathLike, short_side: int | None = None) -> tuple[
         The image, uint8 [3, H, W] (stored channels last), and the (height, width) the file says it has.
 
     Raises:
-        UnreadableImage: the file is missing, truncated or not an image.
+        UnreadableImage: the file is missing, truncated, too large to decode, or not an image.
     """
     try:
         with Image.open(path) as picture:
             width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise UnreadableImage(f"image file {path} has {width}x{height} pixels, more than {MAX_PIXELS}")
             if short_side is not None:
                 picture.draft(None, (_REDUCING_GAP * short_side, _REDUCING_GAP * short_side))
             return pil_to_rgb_tensor(picture), (height, width)
+    except UnreadableImage:
+        raise
     except FileNotFoundError as error:
         raise UnreadableImage(f"image file {path} does not exist") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes, even IndexError

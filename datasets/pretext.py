@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import transforms as T
-from datasets.image_io import IMAGE_EXTENSIONS, UnreadableImage, read_image
+from datasets.image_io import IMAGE_EXTENSIONS, read_image
 from datasets.patches import PatchAugmentation, augment_patches, cut_patches, normalize_patches
+from datasets.usable_images import UsableImages
 from util.box_ops import box_xyxy_to_cxcywh
-from util.distributed import all_gather
 from util.errors import InputError
 
 __all__ = ["PRETRAIN_MAX_SIZE", "PRETRAIN_SIZES", "PatchPretext", "Pretext", "PretextDataset", "RandomPatches", "View",
@@ -35,8 +34,6 @@ PATCH_LABEL = 1
 
 # Images with a shorter side than this, in pixels, are icons and thumbnails: there is nothing in them to find.
 MIN_IMAGE_SIDE = 16
-UNREADABLE_SHARE = 0.01
-_USABLE, _UNREADABLE, _UNSUITED = 0, 1, 2
 
 
 def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "PretextDataset":
@@ -350,8 +347,8 @@ class PretextDataset(Dataset):
         self.patch_size = patch_size
         self.seed = seed
         self.augmentation = PatchAugmentation()
-        # In shared memory: workers tell the main process what they could not read, and see the epoch change.
-        self._state = torch.full((len(files),), _USABLE, dtype=torch.uint8).share_memory_()
+        self._usable = self._all_usable()
+        # In shared memory, so that workers which outlive an epoch see the new one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -370,17 +367,20 @@ class PretextDataset(Dataset):
             raise InputError(f"--overfit {count}: a pre-training needs two images at least, since it is evaluated with "
                              "patches of another image")
         self.files = _PathTable(self.files[index] for index in range(count))
-        self._state = torch.full((count,), _USABLE, dtype=torch.uint8).share_memory_()
+        self._usable = self._all_usable()
+
+    def _all_usable(self) -> UsableImages:
+        return UsableImages(len(self.files), f"image folder {self.root}", self.files.__getitem__)
 
     @property
     def unreadable(self) -> list[str]:
         """Relative paths of the files that this process or its workers could not read so far."""
-        return [self.files[index] for index in self._indices(_UNREADABLE)]
+        return self._usable.unreadable
 
     @property
     def unsuited(self) -> list[str]:
         """Relative paths of the images passed over so far because they are too small, or show nothing."""
-        return [self.files[index] for index in self._indices(_UNSUITED)]
+        return self._usable.unsuited
 
     def gather_unreadable(self) -> list[str]:
         """Returns `unreadable` over all processes, each of which must call this.
@@ -388,12 +388,7 @@ class PretextDataset(Dataset):
         Raises:
             InputError: on all processes, when these are more than 1 % of the images (and more than one file).
         """
-        for indices in all_gather(self._indices(_UNREADABLE)):
-            self._state[indices] = _UNREADABLE
-        unreadable = self.unreadable
-        if unreadable:
-            self._refuse_too_many(f"among them {self.root / unreadable[0]}")
-        return unreadable
+        return self._usable.gather_unreadable()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -434,35 +429,13 @@ class PretextDataset(Dataset):
 
     def _first_usable(self, candidates: Iterable[int]) -> tuple[int, View, np.random.Generator]:
         """Loads the first candidate that can be shown: its index, how it is shown and its random source."""
-        for index in candidates:
-            if self._state[index] != _USABLE:
-                continue
+        def show(index: int) -> tuple[View, np.random.Generator] | None:
             rng = T.sample_rng(self.seed, int(self._epoch) if self.training else 0, index)
-            try:
-                view = self.pretext.view(self.root / self.files[index], index, rng)
-            except UnreadableImage as error:
-                self._mark_unreadable(index, error)
-                continue
-            if view is not None:
-                return index, view, rng
-            self._state[index] = _UNSUITED
-        raise InputError(
-            f"image folder {self.root} has too few usable images: of {len(self)}, {len(self.unreadable)} cannot be "
-            f"read and {len(self.unsuited)} are too small or show nothing")
+            view = self.pretext.view(self.root / self.files[index], index, rng)
+            return None if view is None else (view, rng)
 
-    def _mark_unreadable(self, index: int, error: UnreadableImage) -> None:
-        self._state[index] = _UNREADABLE
-        print(f"passed over: {error}", file=sys.stderr, flush=True)
-        self._refuse_too_many(f"the latest: {error}")
-
-    def _refuse_too_many(self, example: str) -> None:
-        count = len(self._indices(_UNREADABLE))
-        if count > max(1, UNREADABLE_SHARE * len(self)):
-            raise InputError(f"{count} of the {len(self)} images of {self.root} cannot be read, which is more than "
-                             f"{UNREADABLE_SHARE:.0%}; {example}")
-
-    def _indices(self, state: int) -> Tensor:
-        return (self._state == state).nonzero()[:, 0]
+        index, (view, rng) = self._usable.first(candidates, show)
+        return index, view, rng
 
 
 def _make_target(index: int, view: View) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Vo
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return VocDetection(devkit(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,
                         remove_difficult=bool(args.remove_difficult) and image_set == "train",
-                        restrict=restriction(image_set, args))
+                        restrict=restriction(image_set, args), training=image_set == "train" and augment)
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -94,6 +94,7 @@ class VocDetection(DetectionDataset):
         num_classes: number of classes of the model; None for the highest label + 1.
         remove_difficult: leave difficult objects out of the targets.
         restrict: makes of the checked COCO dict the one to use, see `datasets.subsets`; None uses it all.
+        training: whether this is for training or for evaluation.
 
     Raises:
         InputError: names the file that is missing or wrong.
@@ -110,6 +111,7 @@ class VocDetection(DetectionDataset):
         num_classes: int | None = None,
         remove_difficult: bool = False,
         restrict: Callable[[dict], dict] | None = None,
+        training: bool = False,
     ) -> None:
         root = Path(root)
         pictures = _read_pictures(root, image_set)
@@ -117,7 +119,8 @@ class VocDetection(DetectionDataset):
         ground_truth = as_coco(pictures, names)
         check_ground_truth(ground_truth, root, num_classes or max(names) + 1)
         ground_truth = restrict(ground_truth) if restrict else ground_truth
-        super().__init__(root, ground_truth, root, transforms, seed=seed, remove_difficult=remove_difficult)
+        super().__init__(root, ground_truth, root, transforms, seed=seed, remove_difficult=remove_difficult,
+                         training=training)
 
 
 def as_coco(pictures: Iterable[Picture], names: dict[int, str]) -> dict:

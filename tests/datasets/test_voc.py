@@ -173,8 +173,11 @@ def test_missing_things_are_refused_by_name(devkit):
     with pytest.raises(InputError, match="--masks needs COCO annotations"):
         build_dataset("train", arguments(devkit.root, masks=True))
     (devkit.root / "VOC2007/JPEGImages/000005.jpg").unlink()
+    train = build_dataset("train", arguments(devkit.root))
+    assert train[0][1]["image_id"].tolist() == [2] and train.gather_unreadable() == ["VOC2007/JPEGImages/000005.jpg"]
+    train.training = False
     with pytest.raises(InputError, match=r"000005.jpg does not exist \(image id 1 of"):
-        build_dataset("train", arguments(devkit.root))[0]
+        train[0]
     (devkit.root / "VOC2007/Annotations/000005.xml").unlink()
     voc.find_pictures.cache_clear()
     with pytest.raises(InputError, match="000005.xml does not exist"):

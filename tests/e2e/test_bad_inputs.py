@@ -58,17 +58,22 @@ def test_broken_json(coco):
     assert path.name in refusal([*TRAIN, "--coco_path", coco])
 
 
-def test_missing_image(coco):
-    image = next((coco / "train2017").iterdir())
+def test_a_missing_image_of_the_evaluation(coco):
+    image = next((coco / "val2017").iterdir())
     image.unlink()
-    assert image.name in refusal([*TRAIN, "--coco_path", coco])
-
-
-def test_broken_jpeg(coco):
-    image = next((coco / "train2017").iterdir())
-    image.write_bytes(image.read_bytes()[:200])
     message = refusal([*TRAIN, "--coco_path", coco])
     assert image.name in message and "image id" in message
+
+
+def test_broken_training_images_are_replaced_up_to_a_limit(coco, tmp_path):
+    images = sorted((coco / "train2017").iterdir())
+    images[0].write_bytes(images[0].read_bytes()[:200])
+    done = run([*TRAIN, "--coco_path", coco, "--output_dir", tmp_path / "out"])
+    assert done.stderr.count(f"passed over: image file {images[0]} cannot be decoded") == 1
+    assert "1 unreadable images were replaced so far: " + images[0].name in done.stdout
+    assert json.loads((tmp_path / "out" / "log.txt").read_text())["unreadable_images"] == 1
+    images[1].unlink()
+    assert "2 of the 4 images of" in refusal([*TRAIN, "--coco_path", coco])
 
 
 def test_category_id_out_of_range(coco):
