@@ -2,11 +2,14 @@
 import io
 import multiprocessing
 import os
+import re
 import sys
 import traceback
 from typing import Callable
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+# What torch says when a data-loading process is gone, at whatever line of the main process that comes to light.
+WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [\w ]+|exited unexpectedly)")
 
 
 class InputError(ValueError):
@@ -24,8 +27,8 @@ class Stopped(Exception):
 
 def run_program(program: Callable[[], None]) -> None:
     """Run a command line program: mistakes in its input end in one line and exit status 2, numbers that go wrong in one line
-    and status 3, a stop that was asked for in one line and status 75; anything else is a fault of ours and keeps its
-    traceback (status 1).
+    and status 3, a data-loading process that died (of memory, as a rule) in one line and status 4, a stop that was asked for
+    in one line and status 75; anything else is a fault of ours and keeps its traceback (status 1).
 
     Output reaches a file or a pipe line by line, as it does a terminal, so that a log can be followed.
     """
@@ -40,10 +43,12 @@ def run_program(program: Callable[[], None]) -> None:
         line, status = f"error: {error}", 3
     except Stopped as stop:
         line, status = str(stop), STOPPED
-    except Exception:
-        if not _has_company():
+    except Exception as error:
+        line, status = _of_dead_worker(error), 4
+        if not line and not _has_company():
             raise
-        line, status = traceback.format_exc().rstrip(), 1
+        if not line:
+            line, status = traceback.format_exc().rstrip(), 1
     if line:
         print(line, file=sys.stderr, flush=True)
     if _has_company():
@@ -52,6 +57,15 @@ def run_program(program: Callable[[], None]) -> None:
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _of_dead_worker(error: Exception) -> str:
+    """The sentence for an error by which torch says that a data-loading process is gone; "" for others."""
+    died = WORKER_DIED.search(f"{error.__cause__} {error}")  # the cause, if there is one, knows the signal
+    if not died or not isinstance(error, RuntimeError):
+        return ""
+    return (f"error: data-loading process {died[1]} is gone ({died[2].removeprefix('is ')}), most often since memory, or "
+            "shared memory in /dev/shm, ran out: fewer --num_workers or a smaller --batch_size need less")
 
 
 def _has_company() -> bool:

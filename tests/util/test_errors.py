@@ -2,6 +2,7 @@
 import select
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -42,6 +43,29 @@ def test_the_sentence_comes_out_of_a_loading_worker():
         next(iter(loader))
     assert "Traceback" in str(caught.value), "torch wraps it"
     assert caught.value.sentence == "image 3.jpg is broken"
+
+
+@pytest.mark.parametrize("how, reason", [("os.kill(os.getpid(), 9)", "killed by signal: Killed"),
+                                         ("os._exit(1)", "exited unexpectedly")])
+def test_a_dead_loading_worker_is_one_line(root, how, reason):
+    """As the system's out-of-memory killer does, or a library that ends the process."""
+    script = textwrap.dedent(f"""
+        import os, torch
+        from util.errors import run_program
+
+        class Dying(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+
+            def __getitem__(self, index):
+                {how}
+
+        run_program(lambda: list(torch.utils.data.DataLoader(Dying(), num_workers=2)))
+    """)
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 4
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: data-loading process ") and f"is gone ({reason})" in lines[0]
 
 
 def test_as_a_program(root):
