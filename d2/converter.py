@@ -22,6 +22,7 @@ if __name__ == "__main__":
 from d2.defaults import DETR
 from datasets.coco import class_names, read_ground_truth
 from tools.loading import architecture
+from tools.output import refuse_others, remember
 from util.checkpoint import (EMBEDDING_HEAD, counts_from_centre, describe_kind, detector_of, load_checkpoint,
                              model_state, save_checkpoint, stored_flags)
 from util.errors import InputError, run_program
@@ -155,6 +156,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         InputError: see `convert`, `find_category_ids` and `util.checkpoint.load_checkpoint`.
     """
+    refuse_others("--output_model", [Path(args.output_model)])
     checkpoint = load_checkpoint(args.source_model, flag="--source_model")
     state = model_state(checkpoint, args.source_model)
     if stored_flags(checkpoint).get("position_embedding_scale") not in (None, 2 * math.pi):
@@ -165,6 +167,7 @@ def main(args: argparse.Namespace) -> None:
         category_ids = find_category_ids(checkpoint, state, args.annotations)
     converted = convert(state, category_ids, args.masks)
     save_checkpoint({"model": converted}, args.output_model)
+    remember([Path(args.output_model)])
     classes = f"; {len(category_ids)} classes with category ids {_ranges(category_ids)}" if category_ids else \
         "; the classifier is left out, a fine-tuning starts it afresh"
     print(f"{args.source_model}: {kind}{classes}")

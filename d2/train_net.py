@@ -1,4 +1,5 @@
 """Train and evaluate DETR with Detectron2: python d2/train_net.py --config-file FILE [--eval-only] [NAME VALUE …]."""
+import functools
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from util.errors import InputError, run_program
 if __name__ == "__main__":
     run_program(require_detectron2)
 
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
@@ -23,6 +25,7 @@ from detectron2.utils import comm
 
 from d2.detr import DetrDatasetMapper, add_detr_config
 from d2.detr.solver import build_optimizer
+from datasets.checks import image_entry_problems, raise_first
 from datasets.coco import class_names, read_ground_truth
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "detr_256_6_6_torchvision.yaml"
@@ -71,7 +74,9 @@ def register_own_sets(root: str) -> int:
     for image_set, name in OWN_SETS.items():
         annotations = folder / "annotations" / f"instances_{image_set}2017.json"
         if image_set == "val" or annotations.is_file():  # an evaluation does without the training images
-            names[image_set] = class_names(read_ground_truth(annotations))
+            content = read_ground_truth(annotations)
+            raise_first(image_entry_problems(content["images"], annotations)[1])
+            names[image_set] = class_names(content)
             register_coco_instances(name, {"thing_classes": list(names[image_set].values())}, str(annotations),
                                     str(folder / f"{image_set}2017"))
     if names.get("train", names["val"]) != names["val"]:
@@ -83,7 +88,7 @@ def merge(method: Callable[[Any], None], source: Any) -> None:
     """Merge a file or options into a config; an unknown name or a value of the wrong type becomes InputError."""
     try:
         method(source)
-    except (AssertionError, KeyError, OSError, ValueError) as error:
+    except (AssertionError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
         where = f"--config-file {source}" if isinstance(source, str) else "an option on the command line"
         raise InputError(f"{where}: {error.args[0] if isinstance(error, KeyError) else error}") from error
 
@@ -96,7 +101,8 @@ def setup(args: Any) -> CfgNode:
     """
     cfg = get_cfg()
     add_detr_config(cfg)
-    merge(cfg.merge_from_file, args.config_file)
+    # By default a config may construct any Python object.
+    merge(functools.partial(cfg.merge_from_file, allow_unsafe=False), args.config_file)
     if args.coco_path:
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (OWN_SETS["train"],), (OWN_SETS["val"],)
         cfg.MODEL.DETR.NUM_CLASSES = register_own_sets(args.coco_path)

@@ -19,7 +19,7 @@ from util.errors import InputError
 __all__ = [
     "KINDS", "Fault", "Problem", "box_faults", "category_problems", "class_names", "decode_segmentation",
     "draw_segmentation",
-    "ground_truth_problems", "image_entry_problems", "is_box", "is_count", "mask_box_fault", "object_faults",
+    "ground_truth_problems", "image_entry_problems", "is_box", "is_count", "leaves_folder", "mask_box_fault", "object_faults",
     "place_faults", "raise_first", "read_labelled_image",
 ]
 
@@ -171,6 +171,9 @@ def image_entry_problems(images: list, source: str | os.PathLike) -> tuple[dict[
         sides = [image[name] for name in ("width", "height") if name in image]
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
             problems.append(Problem("image_entry", where, "has no file_name", image=position))
+        elif leaves_folder(image["file_name"]):
+            problems.append(Problem("image_entry", where, f"has the file_name {image['file_name']!r}, which leads out of "
+                                    "the image folder", image=position))
         elif not all(_is_number(side) and side >= 1 and side == int(side) for side in sides):
             problems.append(Problem("image_entry", where, f"has the size {image.get('width')}x{image.get('height')}, "
                                     "not two positive whole numbers", image=position))
@@ -366,6 +369,11 @@ def mask_box_fault(mask: np.ndarray, box: list[float]) -> Fault | None:
         return None
     x0, y0, x1, y1 = drawn.tolist()
     return Fault("mask_box", f"has the box {box}, but its mask's is {[x0, y0, x1 - x0, y1 - y0]}", fatal=False)
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a path out of a data file, which should be relative to a folder, leads out of it (links aside)."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def is_count(value: object) -> bool:

@@ -20,14 +20,15 @@ from datasets import transforms as T
 from datasets.checks import (Problem, class_names, draw_segmentation, ground_truth_problems, is_count, raise_first,
                              read_labelled_image)
 from datasets.image_io import UnreadableImage
+from datasets.packed import pack_records
 from datasets.subsets import restriction
 from datasets.usable_images import UsableImages
 from util.distributed import print_main
 from util.errors import InputError
 
 __all__ = [
-    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "image_folder",
-    "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of", "paths",
+    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "forget_files",
+    "image_folder", "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of", "paths",
     "read_ground_truth", "report_left_out", "training_augmentation", "training_categories", "transform_sizes",
 ]
 
@@ -54,9 +55,12 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     folder, ann_file = paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
-    return CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
-                         num_classes=num_classes, restrict=restriction(image_set, args),
-                         training=image_set == "train" and augment)
+    training = image_set == "train" and augment
+    dataset = CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
+                            num_classes=num_classes, restrict=restriction(image_set, args), training=training)
+    if training:
+        forget_files()
+    return dataset
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -97,7 +101,7 @@ def training_categories(
         raise InputError(f"--coco_path is needed, the folder that holds annotations/, or --{flag}")
     categories = _read_categories(*_version(ann_file))
     if args.eval and of_training:
-        _read_json.cache_clear()  # an evaluation has no further use for gigabytes of training annotations
+        forget_files()
     return ann_file, {"categories": list(categories)}
 
 
@@ -181,7 +185,7 @@ class DetectionDataset(Dataset):
         index: makes the `COCO` object of the ground truth.
 
     Attributes:
-        coco: the ground truth as a pycocotools COCO object.
+        coco: the ground truth as a pycocotools COCO object (in training made anew from packed records when asked for).
         ids: image ids, ascending; sample i shows image ids[i].
     """
 
@@ -205,12 +209,21 @@ class DetectionDataset(Dataset):
         self.seed = seed
         self.remove_difficult = remove_difficult
         self.training = training
-        self.coco = (index or index_ground_truth)(ground_truth)
-        self.ids = sorted(self.coco.imgs)
-        self._objects, self._starts = self._pack_annotations()
+        self._index = index or index_ground_truth
+        self._rest = {name: value for name, value in ground_truth.items() if name not in ("images", "annotations")}
+        self._images, self._annotations = pack_records(ground_truth["images"]), pack_records(ground_truth["annotations"])
+        self.ids = sorted(image["id"] for image in ground_truth["images"])
+        self._lay_out(ground_truth)
+        if not training:
+            self.coco = self._index(ground_truth)
         self._usable = UsableImages(len(self.ids), str(source), self._name)
         # In shared memory, so that workers which outlive an epoch see the new one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @functools.cached_property
+    def coco(self) -> COCO:
+        """The ground truth."""
+        return self._index({**self._rest, "images": list(self._images), "annotations": list(self._annotations)})
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that the randomness of the samples depends on; call it before iterating."""
@@ -230,7 +243,7 @@ class DetectionDataset(Dataset):
 
     def objects_per_image(self) -> Tensor:
         """Returns how many annotations each sample's target is made from, int64 [len(self)]."""
-        return torch.tensor(self._starts[:len(self.ids) + 1]).diff()
+        return self._starts[:len(self.ids) + 1].diff()
 
     def gather_unreadable(self) -> list[str]:
         """Returns the file names of images that no process could read so far; each process must call this.
@@ -265,7 +278,9 @@ class DetectionDataset(Dataset):
         return self.transforms(image, target, T.sample_rng(self.seed, int(self._epoch), index))
 
     def _read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        image = self._read_image(self.ids[index])
+        image, problem = read_labelled_image(self.img_folder, self._entry(index), self.source)
+        if problem:
+            raise InputError(problem.sentence)
         return image, self._target(index, *image.shape[-2:])
 
     def _show(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -275,54 +290,59 @@ class DetectionDataset(Dataset):
             raise UnreadableImage(str(error)) from error
 
     def _name(self, index: int) -> str:
-        return self.coco.imgs[self.ids[index]]["file_name"]
+        return self._entry(index)["file_name"]
 
-    def _read_image(self, image_id: int) -> Tensor:
-        image, problem = read_labelled_image(self.img_folder, self.coco.imgs[image_id], self.source)
-        if problem:
-            raise InputError(problem.sentence)
-        return image
+    def _entry(self, index: int) -> dict:
+        """Returns the image entry of a sample."""
+        return self._images[self._places[index]]
 
-    def _pack_annotations(self) -> tuple[dict[str, Tensor], list[int]]:
-        """Lays the annotations of all images out in flat tensors.
+    def _objects_of(self, index: int) -> list[dict]:
+        """Returns the annotations that a sample's target is made from."""
+        return [self._annotations[place] for place in self._kept[self._starts[index]:self._starts[index + 1]].tolist()]
 
-        Worker processes then share them, whereas reading a Python object copies its memory page into each worker.
+    def _lay_out(self, ground_truth: dict) -> None:
+        """Lays the annotations of all images out in flat tensors, which worker processes share.
 
-        Returns:
-            Per-object fields of all images one after the other, and where each image's objects start (and end).
+        Sets `_places`, each sample's place among the image entries; `_kept`, the places of the annotations that targets
+        are made from, those of the first sample first; `_objects`, their fields; and `_starts`, where the objects of each
+        sample start (and end).
         """
-        kept, starts = [], [0]
-        for image_id in self.ids:
-            kept += [ann for ann in self.coco.imgToAnns[image_id] if self._is_target(ann)]
-            starts.append(len(kept))
-        boxes = torch.tensor([ann["bbox"] for ann in kept], dtype=torch.float64).view(-1, 4)
+        images, annotations = ground_truth["images"], ground_truth["annotations"]
+        self._places = torch.tensor([image["id"] for image in images]).argsort()
+        sample_of = {image_id: index for index, image_id in enumerate(self.ids)}
+        kept = [place for place, annotation in enumerate(annotations) if self._is_target(annotation)]
+        samples = torch.tensor([sample_of[annotations[place]["image_id"]] for place in kept], dtype=torch.int64)
+        samples, order = samples.sort(stable=True)
+        self._kept = torch.tensor(kept, dtype=torch.int64)[order]
+        self._starts = torch.searchsorted(samples, torch.arange(len(self.ids) + 1))
+        kept = [annotations[place] for place in self._kept.tolist()]
+        boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float64).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        fields = {
+        self._objects = {
             "boxes": boxes.float(),
-            "labels": torch.tensor([ann["category_id"] for ann in kept], dtype=torch.int64),
-            "area": torch.tensor([ann["area"] for ann in kept], dtype=torch.float32),
+            "labels": torch.tensor([annotation["category_id"] for annotation in kept], dtype=torch.int64),
+            "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
         }
-        return fields, starts
 
     def _is_target(self, annotation: dict) -> bool:
         return not annotation["iscrowd"] and not (self.remove_difficult and annotation.get("difficult"))
 
     def _target(self, index: int, height: int, width: int) -> dict[str, Tensor]:
-        image_id, mine = self.ids[index], slice(self._starts[index], self._starts[index + 1])
+        mine = slice(self._starts[index], self._starts[index + 1])
         target = {name: values[mine].clone() for name, values in self._objects.items()}
         target["iscrowd"] = torch.zeros_like(target["labels"])
         boxes = target["boxes"]
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
         if self.return_masks:
-            target["masks"] = self._masks(image_id, height, width)
+            target["masks"] = self._masks(index, height, width)
         T.remove_objects(target, (boxes[:, 2:] > boxes[:, :2]).all(1))
         size = torch.tensor([height, width])
-        return {"image_id": torch.tensor([image_id]), **target, "orig_size": size, "size": size.clone()}
+        return {"image_id": torch.tensor([self.ids[index]]), **target, "orig_size": size, "size": size.clone()}
 
-    def _masks(self, image_id: int, height: int, width: int) -> Tensor:
-        """Draws the masks of an image's objects, bool [n, height, width]."""
-        annotations = list(filter(self._is_target, self.coco.imgToAnns[image_id]))
+    def _masks(self, index: int, height: int, width: int) -> Tensor:
+        """Draws the masks of a sample's objects, bool [n, height, width]."""
+        annotations = self._objects_of(index)
         masks = np.zeros((len(annotations), height, width), dtype=bool)
         for mask, annotation in zip(masks, annotations):
             drawn, problem = draw_segmentation(annotation, self.source, height, width)
@@ -379,6 +399,11 @@ def read_ground_truth(ann_file: str | os.PathLike) -> dict:
         InputError: the file is missing, not JSON, or lacks one of the lists of a COCO file.
     """
     return _read_json(*_version(Path(ann_file)))
+
+
+def forget_files() -> None:
+    """Lets go of the files that are remembered: gigabytes, which a training that has packed its part has no use for."""
+    _read_json.cache_clear()
 
 
 def _version(path: Path) -> tuple[Path, int, int]:

@@ -14,9 +14,9 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from datasets.checks import raise_first
-from datasets.coco import (DetectionDataset, check_ground_truth, class_names, image_folder, index_ground_truth, locate,
-                           make_coco_transforms, num_classes_of, read_ground_truth, report_left_out,
-                           training_categories, transform_sizes)
+from datasets.coco import (DetectionDataset, check_ground_truth, class_names, forget_files, image_folder,
+                           index_ground_truth, locate, make_coco_transforms, num_classes_of, read_ground_truth,
+                           report_left_out, training_categories, transform_sizes)
 from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
 from util.distributed import print_main
 from util.errors import InputError
@@ -44,9 +44,11 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     ann_folder, ann_file = paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
+    training = image_set == "train" and augment
     dataset = CocoPanoptic(image_folder(image_set, args), ann_folder, ann_file, transforms,
-                           getattr(args, "masks", False), seed=args.seed, num_classes=num_classes,
-                           training=image_set == "train" and augment)
+                           getattr(args, "masks", False), seed=args.seed, num_classes=num_classes, training=training)
+    if training:
+        forget_files()
     if image_set == "val" and args.coco_path and not getattr(args, "val_annotations", None):
         dataset.instances = _read_instances(Path(args.coco_path) / "annotations" / "instances_val2017.json", dataset)
     if image_set == "val" and dataset.return_masks:
@@ -130,15 +132,18 @@ class CocoPanoptic(DetectionDataset):
         super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
                          training=training, index=truth)
 
-    def _masks(self, image_id: int, height: int, width: int) -> Tensor:
-        """Reads the masks of an image's objects, bool [n, height, width]."""
-        ids = torch.from_numpy(self.coco.segment_ids(image_id, (height, width)))
-        segments = [annotation["segment_id"] for annotation in filter(self._is_target, self.coco.imgToAnns[image_id])]
+    def _masks(self, index: int, height: int, width: int) -> Tensor:
+        """Reads the masks of a sample's objects, bool [n, height, width]."""
+        image_id, path = self.ids[index], self.coco_panoptic_folder / self._entry(index)["segments_file"]
+        found, problem = read_segment_ids(path, (height, width), f"image id {image_id} of {self.source}")
+        if problem:
+            raise InputError(problem.sentence)
+        ids = torch.from_numpy(found)
+        segments = [annotation["segment_id"] for annotation in self._objects_of(index)]
         masks = ids == torch.tensor(segments, dtype=ids.dtype).view(-1, 1, 1)
         for segment_id, there in zip(segments, masks.flatten(1).any(1).tolist()):
             if not there:
-                raise InputError(f"segment id {segment_id} (image id {image_id}) of {self.source} has no pixel in "
-                                 f"{self.coco.segment_file(image_id)}")
+                raise InputError(f"segment id {segment_id} (image id {image_id}) of {self.source} has no pixel in {path}")
         return masks
 
 
@@ -151,23 +156,16 @@ class _Segments(COCO):
         self.source = source
         self._latest: tuple[int, np.ndarray] | None = None
 
-    def segment_file(self, image_id: int) -> Path:
-        """Returns the PNG of an image."""
-        return self.ann_folder / self.imgs[image_id]["segments_file"]
-
-    def segment_ids(self, image_id: int, size: tuple[int, int] | None) -> np.ndarray:
-        """Decodes the segment ids, int32 [H, W], of an image of `size` (height, width), or of any size for None."""
-        ids, problem = read_segment_ids(self.segment_file(image_id), size, f"image id {image_id} of {self.source}")
-        if problem:
-            raise InputError(problem.sentence)
-        return ids
-
     def annToRLE(self, ann: dict) -> dict:
         """Run lengths of a segment's mask, as pycocotools' evaluation wants them: image after image."""
         image = self.imgs[ann["image_id"]]
         if self._latest is None or self._latest[0] != image["id"]:
             size = (image["height"], image["width"]) if {"height", "width"} <= set(image) else None
-            self._latest = image["id"], self.segment_ids(image["id"], size)
+            ids, problem = read_segment_ids(self.ann_folder / image["segments_file"], size,
+                                            f"image id {image['id']} of {self.source}")
+            if problem:
+                raise InputError(problem.sentence)
+            self._latest = image["id"], ids
         return mask_codec.encode(np.asfortranarray(self._latest[1] == ann["segment_id"], dtype=np.uint8))
 
 

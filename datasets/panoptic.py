@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.checks import (Problem, category_problems, image_entry_problems, is_box, is_count, mask_box_fault,
-                             object_faults)
+from datasets.checks import (Problem, category_problems, image_entry_problems, is_box, is_count, leaves_folder,
+                             mask_box_fault, object_faults)
 from datasets.coco import read_ground_truth
 from datasets.image_io import UnreadableImage, pil_to_rgb_tensor, read_image
 from util.errors import InputError
@@ -118,6 +118,9 @@ def _annotation_fault(annotation: object, images: dict[int, dict]) -> str | None
         return f"has an annotation of image id {image_id}, which is not in the file"
     if not isinstance(annotation.get("file_name"), str) or not isinstance(annotation.get("segments_info"), list):
         return f"has an annotation of image id {image_id} without file_name and segments_info"
+    if leaves_folder(annotation["file_name"]):
+        return (f"has an annotation of image id {image_id} with the file_name {annotation['file_name']!r}, which leads out "
+                "of the folder of the PNGs")
     return None
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from datasets import transforms as T
 from datasets.image_io import IMAGE_EXTENSIONS, read_image
+from datasets.packed import pack_paths
 from datasets.patches import PatchAugmentation, augment_patches, cut_patches, normalize_patches
 from datasets.usable_images import UsableImages
 from util.box_ops import box_xyxy_to_cxcywh
@@ -341,7 +342,7 @@ class PretextDataset(Dataset):
         if patch_size < 2:
             raise InputError(f"--patch_size {patch_size} must be at least 2")
         self.root = Path(root)
-        self.files = _PathTable(files)
+        self.files = pack_paths(files)
         self.pretext = pretext
         self.training = training
         self.patch_size = patch_size
@@ -366,7 +367,7 @@ class PretextDataset(Dataset):
         if count < 2 and self.pretext.patches_are_given:
             raise InputError(f"--overfit {count}: a pre-training needs two images at least, since it is evaluated with "
                              "patches of another image")
-        self.files = _PathTable(self.files[index] for index in range(count))
+        self.files = pack_paths(self.files[index] for index in range(count))
         self._usable = self._all_usable()
 
     def _all_usable(self) -> UsableImages:
@@ -450,18 +451,3 @@ def _make_target(index: int, view: View) -> dict[str, Tensor]:
         "orig_size": torch.tensor(view.orig_size),
         "size": torch.tensor([height, width]),
     }
-
-
-class _PathTable(Sequence):
-    """Paths in one block of bytes: a list of a million strings would be copied, page by page, into every worker."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._bytes[self._ends[index]:self._ends[index + 1]])

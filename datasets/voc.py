@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.checks import Fault, Problem, raise_first
+from datasets.checks import Fault, Problem, leaves_folder, raise_first
 from datasets.coco import DetectionDataset, check_ground_truth, make_coco_transforms, transform_sizes
 from datasets.subsets import restriction
 from util.distributed import print_main
@@ -192,12 +192,25 @@ def find_pictures(root: Path, image_set: str) -> tuple[tuple[Picture, ...], tupl
         if not path.is_file():
             print_main(f"VOC {image_set}: no images of {year.name}, {path} does not exist")
             continue
-        names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        names = _read_list(path)
         pictures += [_read_picture(year, name, problems) for name in names]
         print_main(f"VOC {image_set}: {len(names)} images of {year.name} ({path.stem})")
     if not pictures:
         raise InputError(f"the image lists {', '.join(map(str, lists))} name no images")
     return pictures, problems
+
+
+def _read_list(path: Path) -> list[str]:
+    """Returns the names in an image list."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"image list {path} can't be read ({error})") from error
+    names = [line.split()[0] for line in lines if line.strip()]
+    for name in names:
+        if leaves_folder(name):
+            raise InputError(f"image list {path} names {name!r}, which leads out of the folder of the images")
+    return names
 
 
 @functools.lru_cache(maxsize=2)

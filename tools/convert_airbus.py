@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_codec
 
-from tools.output import writing
+from datasets.checks import leaves_folder
+from tools.output import refuse_others, remember, writing
 from util.errors import InputError, run_program
 
 SHIP = {"id": 1, "name": "ship"}
@@ -56,6 +57,8 @@ def read_ships(path: str) -> Dict[str, List[List[int]]]:
             if header != COLUMNS:
                 raise InputError(f"--csv {path} doesn't begin with the line {','.join(COLUMNS)}")
             for row in rows:
+                if row and leaves_folder(row[0]):
+                    raise InputError(f"--csv {path}, line {rows.line_num}: {row[0]!r} leads out of the image folder")
                 if row:
                     ships.setdefault(row[0], []).extend(_run_lengths(row, f"--csv {path}, line {rows.line_num}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -132,7 +135,7 @@ def _size_of(path: Path) -> Tuple[int, int]:
             return picture.height, picture.width
     except FileNotFoundError as error:
         raise InputError(f"image {path} of the CSV does not exist") from error
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise InputError(f"image {path} can't be read ({error})") from error
 
 
@@ -140,13 +143,15 @@ def main(args: argparse.Namespace) -> None:
     """Convert, write and say what there is."""
     if not 0 < args.val_share < 1:
         raise InputError(f"--val_share {args.val_share} is not between 0 and 1")
+    paths = {part: Path(args.output_dir, f"instances_{part}.json") for part in ("train", "val")}
+    refuse_others("--output_dir", paths.values())
     parts = convert(read_ships(args.csv), args.images, args.val_share, args.keep_empty)
     with writing("--output_dir", args.output_dir):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         for part, content in parts.items():
-            path = Path(args.output_dir, f"instances_{part}.json")
-            path.write_text(json.dumps(content, separators=(",", ":")))
-            print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} ships")
+            paths[part].write_text(json.dumps(content, separators=(",", ":")))
+            print(f"{paths[part]}: {len(content['images'])} images, {len(content['annotations'])} ships")
+        remember(paths.values())
 
 
 if __name__ == "__main__":

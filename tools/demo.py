@@ -51,7 +51,11 @@ class Demo:
         self.args = args
         self.folder = Path(args.output_dir)
         self.times_file = self.folder / "times.json"
+        if self.folder.exists() and not self.times_file.exists() and any(self.folder.iterdir()):
+            raise InputError(f"--output_dir {self.folder} has other files in it than a demo's: choose an empty or a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.times_file.exists():
+            self.times_file.write_text("{}")
         self.seconds: Dict[str, float] = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
         self.toy, self.backbone = self.path("toy"), self.path("backbone.pth")
         self.arms = [Arm("scratch", "scratch", ["--load_backbone", self.backbone]),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
-from tools.output import require_ending, writing
+from tools.output import refuse_others, remember, require_ending, writing
 from tools.predict import names_of_classes
 from util.errors import InputError, run_program
 from util.misc import NestedTensor
@@ -234,10 +234,11 @@ def main(args: argparse.Namespace) -> None:
     require_ending(str(path), [form.ending], "--output")
     if args.opset is not None and args.format != "onnx":
         raise InputError(f"--opset {args.opset} has no effect with --format {args.format}; it belongs to onnx")
+    unchecked = path.with_stem(f"{path.stem}.unchecked")
+    refuse_others("--output", [path, unchecked])
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
                         mask_softmax=args.mask_softmax)
     model = PlainDetector(loaded.model).eval().requires_grad_(False)
-    unchecked = path.with_stem(f"{path.stem}.unchecked")
     try:
         with writing("--output", str(path)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about its own exporters; what they write is checked below
@@ -246,6 +247,7 @@ def main(args: argparse.Namespace) -> None:
             program = form.read(unchecked, device_of(model))
         differences = largest_differences(model, program)
         unchecked.replace(path)
+        remember([path])
     finally:
         if unchecked.exists():
             unchecked.unlink()

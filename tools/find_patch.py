@@ -24,7 +24,7 @@ from datasets.transforms import normalize_image, resize_to, resized_size, sample
 from engine import most_confident_boxes
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font, text_colour, to_picture
 from tools.loading import PRETRAINED, Loaded, add_checkpoint_flags, load_model, require_at_least_one
-from tools.output import PICTURES, require_ending, write_json_lines, writing
+from tools.output import PICTURES, refuse_others, remember, require_ending, write_json_lines, writing
 from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
 from util.errors import InputError, run_program
 
@@ -221,6 +221,8 @@ def main(args: argparse.Namespace) -> None:
     """Cut, look, draw and write."""
     require_at_least_one(args, "size", "max_size", "patch_size", "num_patches")
     require_ending(args.output, PICTURES, "--output")
+    written = [Path(args.output), Path(args.output).with_suffix(".json")]
+    refuse_others("--output", written)
     loaded = load_model(args.checkpoint, PRETRAINED, args.device, nheads=args.nheads, dilation=args.dilation,
                         num_patches=args.num_patches, patch_size=args.patch_size)
     size = args.size or max(loaded.args.pretrain_sizes or PRETRAIN_SIZES)
@@ -233,13 +235,13 @@ def main(args: argparse.Namespace) -> None:
     height, width = original
     entries = to_entries(boxes, found * torch.tensor([width, height, width, height]), confidences)
     picture = draw(image, [image[:, y0:y1, x0:x1] for x0, y0, x1, y1 in cut.tolist()], entries, scale)
-    json_path = Path(args.output).with_suffix(".json")
     with writing("--output", args.output):
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(args.output)
-        write_json_lines(json_path, entries)
+        written[0].parent.mkdir(parents=True, exist_ok=True)
+        picture.save(written[0])
+        write_json_lines(written[1], entries)
+        remember(written)
     report(entries)
-    print(f"{args.output} and {json_path}")
+    print(f"{written[0]} and {written[1]}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Files that the programs write: folders made, names checked, mistakes told in one sentence."""
+"""Files that the programs write: folders made, names checked, others' files left alone, mistakes told in one sentence."""
 import contextlib
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Sequence
 
 from util.errors import InputError
 
 PICTURES = (".png", ".jpg", ".webp")
+# Beside what the programs wrote: a line [name, size, time of change] for each time that they wrote a file.
+LEDGER = ".written_by_tools"
+
 
 @contextlib.contextmanager
 def writing(flag: str, path: str) -> Iterator[None]:
@@ -15,6 +18,44 @@ def writing(flag: str, path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{flag} {path} can't be written ({error})") from error
+
+
+def refuse_others(flag: str, paths: Iterable[Path]) -> None:
+    """Check that none of the files that are going to be written exists, unless the programs wrote it (see `remember`).
+
+    Raises:
+        InputError: one does, or was changed since.
+    """
+    ledgers: Dict[Path, Dict[str, List[int]]] = {}
+    for path in paths:
+        if path.exists():
+            if path.parent not in ledgers:
+                ledgers[path.parent] = _read_ledger(path.parent / LEDGER)
+            if ledgers[path.parent].get(path.name) != _version(path):
+                raise InputError(f"{flag}: {path} exists and wasn't written by this program: choose another name, or "
+                                 "delete it")
+
+
+def remember(paths: Iterable[Path]) -> None:
+    """Note in a hidden file beside them that files were written by a program of this project, which may replace them."""
+    for path in paths:
+        with open(path.parent / LEDGER, "a", encoding="utf-8") as file:
+            file.write(json.dumps([path.name, *_version(path)]) + "\n")
+
+
+def _version(path: Path) -> List[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _read_ledger(path: Path) -> Dict[str, List[int]]:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {name: version for name, *version in lines}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} can't be read ({error}): delete it, and the files beside it that may be replaced") from error
 
 
 def require_ending(path: str, formats: Sequence[str], flag: str) -> None:

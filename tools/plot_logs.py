@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-from tools.output import require_ending, writing
+from tools.output import refuse_others, remember, require_ending, writing
 from util.errors import InputError, run_program
 from util.plot_utils import Line, field_curves, known_fields, plot_logs, pyplot, read_log, run_labels
 
@@ -44,12 +44,14 @@ def main(args: argparse.Namespace) -> None:
     plt = pyplot()
     plt.switch_backend("agg")  # works where there is no screen
     require_ending(args.output, FORMATS, "--output")
+    refuse_others("--output", [Path(args.output)])
     labels = run_labels([Path(run) for run in args.runs])
     fields = args.fields or default_fields({label: read_log(folder) for label, folder in labels.items()})
     figure = plot_logs(list(labels.values()), fields, args.ewm_col)
     with writing("--output", args.output):
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.output, dpi=150)
+        remember([Path(args.output)])
     plt.close(figure)
     print(f"{', '.join(fields)} of {', '.join(labels)}: {args.output}")
 

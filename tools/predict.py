@@ -18,6 +18,7 @@ image,
 where the PNG holds the pixels' segment ids in COCO's way (red + 256 green + 256² blue).
 """
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -31,7 +32,7 @@ from datasets.pretext import list_images
 from models import build_postprocess
 from models.segmentation import PostProcessPanoptic, PostProcessSegm
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
-from tools.output import write_json_lines, writing
+from tools.output import refuse_others, remember, write_json_lines, writing
 from tools.views import ObjectView, PanopticView
 from util.errors import InputError, run_program
 from util.misc import nested_tensor_from_tensor_list
@@ -221,6 +222,9 @@ def main(args: argparse.Namespace) -> None:
     view = (PanopticView if show == "panoptic" else ObjectView)(names)
     detector = Detector(loaded, VIEWS[show] if args.threshold is None else args.threshold, show == "masks",
                         things if show == "panoptic" else None)
+    json_path = Path(args.output_dir) / view.json_name
+    files = {source: view.files(source.picture, args.output_dir) for source in sources}
+    refuse_others("--output_dir", [json_path, *itertools.chain(*files.values())])
     entries: List[Dict[str, Any]] = []
     failed: List[Path] = []
     for batch in read_batches(sources, args.batch_size, failed):
@@ -228,14 +232,15 @@ def main(args: argparse.Namespace) -> None:
             with writing("--output_dir", args.output_dir):
                 mine = view.entries(source.path, found, source.picture, args.output_dir)
                 view.draw(image, found, mine, source.picture)
+                remember(files[source])
             listed = ", ".join(f"{count} {name}" for name, count in view.counts(mine).most_common()) or "nothing"
             print(f"{source.path}: {listed}", flush=True)
             entries += mine
     if len(failed) == len(sources):
         raise InputError(f"none of the {len(sources)} images can be read")
-    json_path = Path(args.output_dir) / view.json_name
     with writing("--output_dir", args.output_dir):
         write_json_lines(json_path, entries)
+        remember([json_path])
     print(f"{sum(view.counts(entries).values())} {view.counted} in {len(sources) - len(failed)} images: {json_path}, "
           "pictures beside it")
     if failed:

@@ -23,7 +23,7 @@ from datasets.toy_scene import (CLASSES, PHOTOGRAPHS, ToySettings, image_rng, re
                                 render_single_object)
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from models.backbone import LAYERS, SUPERVISED_URLS
-from tools.output import writing
+from tools.output import refuse_others, remember, writing
 from util.checkpoint import save_checkpoint
 from util.errors import InputError, run_program
 
@@ -203,6 +203,7 @@ def main(args: argparse.Namespace) -> Optional[Dict[str, float]]:
             raise InputError(f"--{name} must be at least 2, got {getattr(args, name)}")
     if Path(args.output).is_dir():
         raise InputError(f"--output {args.output} is a folder; name a file")
+    refuse_others("--output", [Path(args.output)])
     with writing("--output", args.output):  # before a minute is spent
         Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
@@ -219,6 +220,7 @@ def main(args: argparse.Namespace) -> Optional[Dict[str, float]]:
     state = {name: value.cpu().contiguous() for name, value in resnet.state_dict().items()
              if not name.startswith("fc.")}
     save_checkpoint({"model": state, "args": vars(args), "results": results}, args.output)
+    remember([Path(args.output)])
     seconds = time.perf_counter() - start
     print(f"wrote {args.output} in {seconds:.0f} s: {args.backbone} up to {args.backbone_last_layer}")
     return results

@@ -28,7 +28,7 @@ from datasets.selective_search import require_opencv
 from engine import to_device
 from tools.cache_proposals import ProgressLine
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
-from tools.output import writing
+from tools.output import refuse_others, remember, writing
 from tools.regions import find_objects, search_regions
 from util import recipes
 from util.errors import InputError, run_program
@@ -165,6 +165,8 @@ def main(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             raise InputError(f"--{name} has no effect with --selective_search")
     args.batch_size = args.batch_size or 1
+    if args.output:
+        refuse_others("--output", [Path(args.output)])
     loaded = None
     if args.selective_search:
         require_opencv()
@@ -180,6 +182,7 @@ def main(args: argparse.Namespace) -> None:
         with writing("--output", args.output):
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+            remember([Path(args.output)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from models.detr import PostProcess
 from tools.attention import Attention, enlarge, look, stride_of
 from tools.drawing import Colour, LabelledBox, Rectangle, distinct_colour, draw_boxes, font, text_colour, to_picture
 from tools.loading import DETECTOR, add_checkpoint_flags, load_model, require_at_least_one
-from tools.output import PICTURES, require_ending, writing
+from tools.output import PICTURES, refuse_others, remember, require_ending, writing
 from tools.predict import names_of_classes
 from util.errors import InputError, run_program
 from util.plot_utils import pyplot
@@ -186,6 +186,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--threshold {args.threshold} is not within 0 and 1")
     require_at_least_one(args, "max_detections", "val_size", "max_size")
     require_ending(args.output, PICTURES, "--output")
+    refuse_others("--output", [Path(args.output)])
     try:
         image, (height, width) = read_image(args.image)
     except UnreadableImage as error:
@@ -209,6 +210,7 @@ def main(args: argparse.Namespace) -> None:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         draw(image, found, [("where the query of each detection looks (decoder)", looks),
                             ("from which places each point takes (encoder)", takes)]).save(args.output)
+        remember([Path(args.output)])
     report(found, looks, scale)
     print(f"{len(found)} detections, {len(takes)} points: {args.output}")
 

@@ -17,7 +17,7 @@ from datasets.image_io import UnreadableImage, read_image
 from datasets.selective_search import require_opencv
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
-from tools.output import PICTURES, require_ending, writing
+from tools.output import PICTURES, refuse_others, remember, require_ending, writing
 from tools.regions import find_objects, search_regions
 from util.errors import InputError, run_program
 from util.misc import nested_tensor_from_tensor_list
@@ -89,6 +89,7 @@ def main(args: argparse.Namespace) -> None:
     """Propose, find, draw and write."""
     require_at_least_one(args, "num_boxes", "val_size", "max_size")
     require_ending(args.output, PICTURES, "--output")
+    refuse_others("--output", [Path(args.output)])
     require_opencv()
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
                         val_size=args.val_size, max_size=args.max_size)
@@ -100,6 +101,7 @@ def main(args: argparse.Namespace) -> None:
     with writing("--output", args.output):
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         draw(rows, (f"selective search, best {args.num_boxes}", f"the model, best {args.num_boxes}")).save(args.output)
+        remember([Path(args.output)])
     print(f"picture: {args.output}")
 
 

@@ -23,6 +23,10 @@ class ObjectView:
     def __init__(self, names: Dict[int, str]) -> None:
         self.names = names
 
+    def files(self, picture: Path, output_dir: str) -> List[Path]:
+        """The files that are written for an image."""
+        return [picture]
+
     def entries(self, path: Path, found: Dict[str, Tensor], picture: Path, output_dir: str) -> List[Dict[str, Any]]:
         """Entries of the image at `path`, as `tools.predict` describes them."""
         entries = []
@@ -56,14 +60,18 @@ class PanopticView:
     def __init__(self, names: Dict[int, str]) -> None:
         self.names = names
 
+    def files(self, picture: Path, output_dir: str) -> List[Path]:
+        """The files that are written for an image: its picture and its PNG of ids."""
+        return [picture, output_dir / Path("panoptic") / picture.relative_to(output_dir).with_suffix(".png")]
+
     def entries(self, path: Path, found: Dict[str, Any], picture: Path, output_dir: str) -> List[Dict[str, Any]]:
         """The entry of the image at `path`, as `tools.predict` describes it; its PNG of ids is written."""
-        place = Path("panoptic") / picture.relative_to(output_dir).with_suffix(".png")
-        (Path(output_dir) / place).parent.mkdir(parents=True, exist_ok=True)
-        (Path(output_dir) / place).write_bytes(found["png_string"])
+        png = self.files(picture, output_dir)[1]
+        png.parent.mkdir(parents=True, exist_ok=True)
+        png.write_bytes(found["png_string"])
         segments = [{**segment, "category_name": name_of(segment["category_id"], self.names)}
                     for segment in found["segments_info"]]
-        return [{"file_name": str(path), "png_file_name": place.as_posix(), "segments_info": segments}]
+        return [{"file_name": str(path), "png_file_name": png.relative_to(output_dir).as_posix(), "segments_info": segments}]
 
     def counts(self, entries: Sequence[Dict[str, Any]]) -> Counter:
         """How many segments of each class there are."""

@@ -1,0 +1,190 @@
+"""Nothing that is read can execute code, reach files outside its folder, or overwrite what isn't the program's own."""
+import ast
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hubconf
+from datasets.coco import CocoDetection
+from datasets.coco_panoptic import CocoPanoptic
+from datasets.image_io import UnreadableImage, read_image
+from datasets.proposal_cache import ProposalCache
+from datasets.voc import find_pictures
+from models.backbone import build_backbone
+from tools import convert_airbus
+from tools.loading import DETECTOR, load_model
+from tools.output import refuse_others, remember
+from util import plot_utils
+from util.checkpoint import load_checkpoint
+from util.errors import InputError
+from util.training_state import find_resume
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def trapped_checkpoint(folder):
+    """A checkpoint with a trap, and what the trap makes."""
+    path, trace = folder / "checkpoint.pth", folder / "executed"
+    torch.save({"model": {"weight": torch.zeros(1)}, "epoch": Trap(trace)}, path)
+    return str(path), trace
+
+
+def load_backbone(path, tiny_args):
+    build_backbone(tiny_args(load_backbone=path))
+
+
+LOADERS = {
+    "load_checkpoint": lambda path, tiny_args: load_checkpoint(path),
+    "--load_backbone": load_backbone,
+    "tools": lambda path, tiny_args: load_model(path, DETECTOR, "cpu"),
+    "hub": lambda path, tiny_args: hubconf.detr_resnet50(pretrained=path),
+    "--resume auto": lambda path, tiny_args: load_checkpoint(find_resume(
+        tiny_args(resume="auto", output_dir=os.path.dirname(path))) or path),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_in_a_checkpoint_is_never_executed(tmp_path, loader, tiny_args):
+    path, trace = trapped_checkpoint(tmp_path)
+    with pytest.raises(InputError):
+        LOADERS[loader](path, tiny_args)
+    assert not trace.exists()
+
+
+def test_scripted_and_exported_programs_are_no_checkpoints(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / "program.pth"))
+    with pytest.raises(InputError, match="program.pth: (not a checkpoint|refused)"):
+        load_checkpoint(str(tmp_path / "program.pth"))
+
+
+def test_code_in_a_proposal_cache_is_never_executed(tmp_path):
+    cache = ProposalCache.create(tmp_path / "cache", 1)
+    trap = np.empty(1, dtype=object)
+    trap[0] = Trap(tmp_path / "executed")
+    np.savez(tmp_path / "cache" / "proposals-00000.npz", names=trap, file_sizes=trap, ends=trap, boxes=trap)
+    with pytest.raises(InputError, match="proposals-00000.npz of the proposal cache is damaged"):
+        cache.read(0)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("read", [
+    lambda path: CocoDetection(path.parent, path), lambda path: CocoPanoptic(path.parent, path.parent, path),
+    lambda path: read_image(path), lambda path: plot_utils.read_log(path.parent, path.name)])
+def test_a_pickle_in_place_of_another_file_is_only_a_broken_file(tmp_path, read):
+    (tmp_path / "file").write_bytes(pickle.dumps(Trap(tmp_path / "executed"), protocol=0))
+    with pytest.raises((InputError, UnreadableImage), match="file"):
+        read(tmp_path / "file")
+    assert not (tmp_path / "executed").exists()
+
+
+# What could execute what it is given: modules not to import, functions not to call, and words that make a call safe.
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "jsonpickle"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "__import__",
+                   "commands.getoutput", "subprocess.getoutput", "subprocess.getstatusoutput"}
+NEEDED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False)}
+
+
+def dangers(source):
+    """What a program could be made to execute, as (line, words)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            yield from ((node.lineno, f"import {name}") for name in names if name.split(".")[0] in FORBIDDEN_MODULES)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+            if name in FORBIDDEN_CALLS or given.get("shell"):
+                yield node.lineno, name
+            if name in NEEDED and given.get(NEEDED[name][0]) is not NEEDED[name][1]:
+                yield node.lineno, f"{name} without {NEEDED[name][0]}={NEEDED[name][1]}"
+
+
+def test_no_program_has_a_way_to_execute_what_it_reads(root):
+    assert list(dangers("import pickle\ntorch.load(f)\nnp.load(f)\nsubprocess.run(x, shell=True)\neval(x)")) != []
+    files = [path for path in root.rglob("*.py") if not {"tests", ".venv", "build"} & set(path.relative_to(root).parts)]
+    assert len(files) > 50
+    assert [(str(path), *danger) for path in files for danger in dangers(path.read_text())] == []
+
+
+# Paths.
+
+OUTSIDE = ["../secret.png", "/etc/passwd", "a/../../secret.png", "..", "./../secret.png"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of images, and a file beside it that no data file may name."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a..b.png")
+    return tmp_path
+
+
+def annotations(name, **more):
+    return {"images": [{"id": 7, "file_name": name, "width": 8, "height": 8}], "annotations": [],
+            "categories": [{"id": 1, "name": "thing", "isthing": 1}], **more}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_paths_in_a_json_cannot_leave_the_image_folder(folder, name):
+    path = folder / "instances.json"
+    path.write_text(json.dumps(annotations(name)))
+    with pytest.raises(InputError, match=r"^image id 7 of .*instances.json has the file_name '.*', which leads out of the "
+                                         "image folder$"):
+        CocoDetection(folder / "images", path)
+    entry = {"image_id": 7, "file_name": name, "segments_info": []}
+    path.write_text(json.dumps(annotations("a..b.png", annotations=[entry])))
+    with pytest.raises(InputError, match="image id 7 with the file_name '.*', which leads out of the folder of the PNGs"):
+        CocoPanoptic(folder / "images", folder, path)
+
+
+def test_dots_within_the_folder_are_just_names(folder):
+    for name in ("a..b.png", "x/../a..b.png"):
+        (folder / "images" / "x").mkdir(exist_ok=True)
+        (folder / "instances.json").write_text(json.dumps(annotations(name)))
+        assert CocoDetection(folder / "images", folder / "instances.json")[0][0].shape == (3, 8, 8)
+
+
+def test_names_in_image_lists_and_tables_cannot_leave_the_folder(folder):
+    lists = folder / "VOC2007" / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "trainval.txt").write_text("000001\n../../../secret\n")
+    with pytest.raises(InputError, match="trainval.txt names '../../../secret', which leads out of the folder"):
+        find_pictures(folder, "train")
+    (folder / "ships.csv").write_text("ImageId,EncodedPixels\n../secret.png,1 3\n")
+    with pytest.raises(InputError, match="ships.csv, line 2: '../secret.png' leads out of the image folder"):
+        convert_airbus.read_ships(str(folder / "ships.csv"))
+
+
+# Outputs.
+
+
+def test_a_program_replaces_its_own_files_and_no_others(tmp_path):
+    mine, other = tmp_path / "mine.png", tmp_path / "other.png"
+    refuse_others("--output", [mine])
+    mine.write_text("first")
+    remember([mine])
+    refuse_others("--output", [mine])
+    mine.write_text("second")
+    remember([mine])
+    refuse_others("--output", [mine])
+    other.write_text("somebody's")
+    with pytest.raises(InputError, match="^--output: .*other.png exists and wasn't written by this program: choose another "
+                                         "name, or delete it$"):
+        refuse_others("--output", [mine, other])
+    mine.write_text("edited by hand")
+    with pytest.raises(InputError, match="mine.png exists and wasn't written"):
+        refuse_others("--output", [mine])
