@@ -1,7 +1,6 @@
 """What can be wrong with labelled data: training stops at the first fatal problem, `tools.check_data` lists all."""
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -53,6 +52,8 @@ KINDS = {
 _OVERHANG = 1.0
 _MASK_SLACK, _MASK_SLACK_SHARE = 2.0, 0.1
 _LARGEST_COORDINATE = 1e5  # of a polygon, in pixels
+_LARGEST_NUMBER = 1e15
+_LONGEST_SENTENCE = 1000
 
 
 class Fault(NamedTuple):
@@ -95,8 +96,9 @@ class Problem:
 
     @property
     def sentence(self) -> str:
-        """The whole sentence."""
-        return f"{self.where} {self.fault}".rstrip()
+        """The whole sentence, on one line whatever the names in it hold."""
+        sentence = f"{self.where} {self.fault}".rstrip().replace("\n", " ")
+        return sentence if len(sentence) <= _LONGEST_SENTENCE else sentence[:_LONGEST_SENTENCE] + "…"
 
 
 def class_names(ground_truth: dict) -> dict[int, str]:
@@ -128,6 +130,8 @@ def ground_truth_problems(
     """
     images, problems = image_entry_problems(ground_truth["images"], source)
     yield from problems
+    if need_masks:
+        yield from _unsized_images(ground_truth["images"], images, source)
     yield from category_problems(ground_truth["categories"], source)
     categories = {category["id"] for category in ground_truth["categories"]}
     seen: set[int] = set()
@@ -188,6 +192,15 @@ def image_entry_problems(images: list, source: str | os.PathLike) -> tuple[dict[
     if not images:
         problems.append(Problem("image_entry", str(source), "lists no images"))
     return by_id, problems
+
+
+def _unsized_images(entries: list, images: dict[int, dict], source: str | os.PathLike) -> Iterator[Problem]:
+    """Finds usable image entries that don't say the image's size."""
+    usable = {id(image) for image in images.values()}
+    for position, entry in enumerate(entries):
+        if id(entry) in usable and not {"width", "height"} <= set(entry):
+            yield Problem("image_entry", f"image id {entry['id']} of {source}",
+                          "has no width and height, which --masks needs", image=position)
 
 
 def category_problems(categories: list[dict], source: str | os.PathLike) -> Iterator[Problem]:
@@ -377,9 +390,10 @@ def leaves_folder(name: str) -> bool:
 
 
 def is_count(value: object) -> bool:
-    """Whether a JSON value is a whole number from 0 up."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Whether a JSON value is a whole number from 0 up (to what 64 bits hold)."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Larger numbers than that are nonsense, which arithmetic in 32 bits would make infinite.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER

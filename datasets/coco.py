@@ -185,7 +185,8 @@ class DetectionDataset(Dataset):
         index: makes the `COCO` object of the ground truth.
 
     Attributes:
-        coco: the ground truth as a pycocotools COCO object (in training made anew from packed records when asked for).
+        coco: the ground truth as a pycocotools COCO object (in training made anew from packed records when asked for,
+            without segmentations unless masks are asked for).
         ids: image ids, ascending; sample i shows image ids[i].
     """
 
@@ -211,7 +212,10 @@ class DetectionDataset(Dataset):
         self.training = training
         self._index = index or index_ground_truth
         self._rest = {name: value for name, value in ground_truth.items() if name not in ("images", "annotations")}
-        self._images, self._annotations = pack_records(ground_truth["images"]), pack_records(ground_truth["annotations"])
+        self._images = pack_records(ground_truth["images"])
+        unused = () if return_masks or not training else ("segmentation",)  # most of a file's bytes
+        self._annotations = pack_records({name: value for name, value in annotation.items() if name not in unused}
+                                         for annotation in ground_truth["annotations"])
         self.ids = sorted(image["id"] for image in ground_truth["images"])
         self._lay_out(ground_truth)
         if not training:
@@ -424,7 +428,7 @@ def _read_json(path: Path, modified: int, size: int) -> dict:
     """Reads one version of a file; `modified` and `size` only tell versions apart."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"annotation file {path} is not valid JSON ({error})") from error
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):

@@ -215,7 +215,7 @@ def _write_choice(chosen: Chosen, made_by: dict, output_dir: str) -> None:
 def _read_json(flag: str, path: str) -> object:
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{flag} {path} can't be read ({error})") from error
 
 

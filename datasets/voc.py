@@ -236,7 +236,7 @@ def _read_picture(folder: Path, name: str, problems: list[Problem]) -> Picture:
         elements = ElementTree.parse(path).getroot().findall("object")
     except FileNotFoundError:
         problems.append(Problem("annotation_entry", f"annotation file {path}", "does not exist"))
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # the latter two: of its encoding
         problems.append(Problem("annotation_entry", f"annotation file {path}", f"is not valid XML ({error})"))
     objects = []
     for element in elements:

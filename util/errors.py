@@ -18,7 +18,7 @@ class InputError(ValueError):
     @property
     def sentence(self) -> str:
         """The message alone, also when a data-loading worker has wrapped it in its traceback."""
-        return str(self).rsplit("InputError: ", 1)[-1].strip()
+        return str(self).rsplit("InputError: ", 1)[-1].strip().replace("\n", " ")
 
 
 class Stopped(Exception):
