@@ -1,0 +1,1 @@
+"""Break a small training in every way, go on each time, and compare with one that nothing disturbed (`__main__`)."""
