@@ -40,9 +40,13 @@ class Packed(Sequence[Item]):
 
 def pack_paths(paths: Iterable[str]) -> Packed[str]:
     """Packs paths, whatever bytes they are on disk."""
-    return Packed(paths, os.fsencode, os.fsdecode)
+    return Packed(paths, os.fsencode, _decode_path)
 
 
 def pack_records(records: Iterable[dict[str, Any]]) -> Packed[dict[str, Any]]:
     """Packs what JSON files hold."""
     return Packed(records, marshal.dumps, marshal.loads)
+
+
+def _decode_path(path: bytes) -> str:
+    return os.fsdecode(path)  # which can't itself be sent to a process

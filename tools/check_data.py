@@ -6,7 +6,8 @@ line with file and id,
     error    image_file: image file my_data/train2017/7.jpg does not exist (image id 7 of …/instances_train2017.json)
     warning  box_outside: annotation id 12 (image 9.jpg) of … has the box [700, 5, 20, 10] outside its image of …
 
-where an error stops a training, and a warning is about something that is left out or doubtful. Then follows a summary.
+where an error stops a training (one of image files only if there are more than one in a hundred; an evaluation always), and
+a warning is about something that is left out or doubtful. Then follows a summary.
 The exit status is 0 if nothing is wrong, 1 if there is any problem, 2 if an annotation file or a folder cannot be read
 or a flag is wrong.
 """
