@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from util.checkpoint import save_checkpoint
-from util.distributed import barrier, get_rank, get_world_size, is_main_process
+from util.distributed import barrier, get_rank, get_world_size, is_main_process, print_main
 from util.errors import InputError, Stopped
 from util.metric_logger import MetricLogger
 from util.saving import LAST
@@ -39,12 +39,16 @@ class Keeper:
         """Let the batches begin where the epoch stands; returns how far it had come.
 
         Raises:
-            InputError: if the state is of mid-epoch and the order of its samples can't be continued.
+            InputError: if the state is of mid-epoch and was trained with another seed. Where the images aren't the same,
+                since some were deleted say, what is left of the epoch is drawn from those that are there.
         """
         began = self.state.so_far
+        if began.step and began.order[0] != self.batches.order[0]:
+            raise InputError(f"--resume {self.state.source.get('checkpoint', '')} is of mid-epoch: to go on there --seed must be "
+                             f"the one that it was saved with, {began.order[0]}")
         if began.step and began.order != self.batches.order:
-            raise InputError(f"--resume {self.state.source.get('checkpoint', '')} is of mid-epoch: to go on there the training "
-                             "images and --seed must be those that it was saved with")
+            print_main(f"resume: the training images are no longer those of the checkpoint ({began.order[1]} then, "
+                       f"{self.batches.order[1]} now); some may come twice in what is left of epoch {epoch}, or not at all")
         self.state.epoch, self._began, self._saved_step = epoch, began, began.step
         self.batches.set_epoch(epoch, began.consumed)
         return began

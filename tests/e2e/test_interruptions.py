@@ -1,5 +1,7 @@
 """Whatever ends a training, it goes on as if nothing had happened."""
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,11 +141,23 @@ def test_a_damaged_checkpoint_is_passed_over(flags, straight, tmp_path, capsys, 
     assert_same_end(tmp_path, straight("train"))
 
 
-def test_other_images_or_another_seed_cannot_continue_an_epoch(flags, tmp_path):
+def test_another_seed_cannot_continue_an_epoch(flags, tmp_path):
     with pytest.raises(Stopped):
         train(flags["train"], tmp_path, "--save_every_steps", "1", last_step=(0, 1))
     with pytest.raises(InputError, match=f"^--resume {tmp_path}/checkpoint.pth is of mid-epoch: to go on there"):
         train(flags["train"], tmp_path, "--resume", "auto", "--seed", "3")
+
+
+def test_an_image_that_vanishes_between_two_starts_spoils_nothing(flags, toy, tmp_path, capsys):
+    images = shutil.copytree(toy / "unlabelled", tmp_path / "images")
+    run = [*flags["pretrain"], "--imagenet_path", images, "--save_every_steps", "1", "--resume", "auto"]
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "out", last_step=(0, 1))
+    next(images.rglob("*.jpg")).unlink()
+    train(run, tmp_path / "out")
+    assert "the training images are no longer those of the checkpoint (13 then, 12 now)" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1] and lines[1]["unreadable_images"] == 0
 
 
 def test_a_folder_in_use_is_refused(flags, tmp_path):

@@ -75,11 +75,12 @@ class Torture:
         self.latest: Optional[Attempt] = None
 
     def run(self, num_faults: int) -> None:
-        """Torture until so many faults were injected, and compare each training that came to its end."""
+        """Torture until so many faults were injected or something was lost."""
         self.until_first_step, self.stepping = self.train_undisturbed()
         left = num_faults
-        while left > 0:
-            left -= self.one_round(left)
+        for _ in range(10 * num_faults):  # a round may come to its end before anything happens
+            if left > 0 and not self.failures:
+                left -= self.one_round(left)
 
     def stop(self) -> None:
         """End the processes of the latest attempt, if they still run."""
@@ -135,7 +136,7 @@ class Torture:
             if pending:
                 self.tallies[pending].resumed += 1  # it came to its end in spite of it
             self.compare(place, attempt, done, starts)
-        return max(done, 1)
+        return done
 
     def fresh_place(self) -> Place:
         data, output = self.data, self.disk.folder / "out"

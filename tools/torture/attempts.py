@@ -11,7 +11,7 @@ from typing import Callable, Dict, List, Optional, Sequence
 # Processes are forked off one that has imported everything: each start then takes a fraction of a second.
 _START = multiprocessing.get_context("forkserver")
 _START.set_forkserver_preload(["main"])
-POLL_S = 0.005
+POLL_S = 0.02
 
 STEP = re.compile(r"^Epoch: \[(\d+)\]  \[ *(\d+)/(\d+)\]", re.MULTILINE)
 RESUMED = re.compile(r"continuing with epoch (\d+)(?: after step (\d+))?")
