@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import uuid
-import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,13 +59,15 @@ class ProposalCache:
         except FileNotFoundError as error:
             raise InputError(f"--cache_path {folder} holds no proposals: it has no manifest.json (make them with "
                              "python -m tools.cache_proposals)") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{self.folder / 'manifest.json'} can't be read ({error})") from error
         wanted = {"format": _FORMAT, "proposals": SETTINGS}
         if not isinstance(manifest, dict) or {name: manifest.get(name) for name in wanted} != wanted:
             raise InputError(f"--cache_path {folder} holds other proposals than these "
                              f"({_difference(manifest, wanted)}): give another folder, or delete this one")
-        self.num_parts = int(manifest["num_parts"])
+        self.num_parts = manifest.get("num_parts")
+        if not isinstance(self.num_parts, int) or self.num_parts < 1:
+            raise InputError(f"{self.folder / 'manifest.json'} can't be read (its num_parts is {self.num_parts})")
 
     @classmethod
     def create(cls, folder: str | os.PathLike, num_images: int) -> "ProposalCache":
@@ -119,9 +120,10 @@ class ProposalCache:
             with np.load(path, allow_pickle=False) as content:
                 names = content["names"].tobytes().split(b"\0")[:-1]
                 sizes, ends, boxes = content["file_sizes"].tolist(), content["ends"].tolist(), content["boxes"]
+            _require_whole(len(names), sizes, ends, boxes)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # damaged bytes can make numpy and zipfile raise nearly anything
             raise InputError(f"{path} of the proposal cache is damaged ({error}): delete it, then run "
                              "python -m tools.cache_proposals again") from error
         return {os.fsdecode(name): Entry(size, boxes[start:end])
@@ -193,6 +195,13 @@ class CachedProposals:
             raise InputError(f"--cache_path {self.folder} is stale: {path} has changed since its regions were "
                              "proposed; run python -m tools.cache_proposals again")
         return self._boxes[self._ends[index]:self._ends[index + 1]]
+
+
+def _require_whole(count: int, sizes: list, ends: list, boxes: np.ndarray) -> None:
+    """Raises ValueError if the arrays of a part of so many entries don't go together."""
+    is_whole = len(sizes) == len(ends) == count and [0, *ends] == sorted([0, *ends]) and len(boxes) == max([0, *ends])
+    if not is_whole or boxes.dtype != np.uint8 or boxes.shape[1:] != (4,):
+        raise ValueError("its arrays don't go together")
 
 
 def _difference(manifest: object, wanted: dict) -> str:

@@ -180,7 +180,9 @@ def checkpoint_args(checkpoint: Dict[str, Any], location: str) -> argparse.Names
 def stored_flags(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """Flags that a checkpoint was trained with, by name; none if it holds none."""
     stored = checkpoint.get("args") or {}
-    return stored if isinstance(stored, dict) else vars(stored)
+    if isinstance(stored, argparse.Namespace):
+        return vars(stored)
+    return stored if isinstance(stored, dict) else {}
 
 
 def counts_from_centre(checkpoint: Dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@ import ast
 import json
 import os
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import hubconf
 from datasets.coco import CocoDetection
 from datasets.coco_panoptic import CocoPanoptic
 from datasets.image_io import UnreadableImage, read_image
-from datasets.proposal_cache import ProposalCache
+from datasets.proposal_cache import Entry, ProposalCache
 from datasets.voc import find_pictures
 from models.backbone import build_backbone
 from tools import convert_airbus
@@ -188,3 +189,60 @@ def test_a_program_replaces_its_own_files_and_no_others(tmp_path):
     mine.write_text("edited by hand")
     with pytest.raises(InputError, match="mine.png exists and wasn't written"):
         refuse_others("--output", [mine])
+
+
+# Damage: whatever bytes a file holds, it is read as it was or refused in a sentence.
+
+
+def damaged(content, seed):
+    """Bytes cut, changed or inserted at a random place."""
+    rng = random.Random(seed)
+    place, piece = rng.randrange(len(content)), rng.randbytes(rng.choice([1, 4, 100]))
+    return rng.choice([content[:place], content[:place] + piece + content[place + len(piece):],
+                       content[:place] + piece + content[place:]])
+
+
+def test_a_damaged_part_of_a_proposal_cache_is_refused_in_a_sentence(tmp_path):
+    cache = ProposalCache.create(tmp_path / "cache", 1)
+    entries = {"a.jpg": Entry(10, np.ones((3, 4), np.uint8)), "b/ö.jpg": Entry(11, np.zeros((0, 4), np.uint8))}
+    cache.write(0, entries)
+    path = tmp_path / "cache" / "proposals-00000.npz"
+    whole, refused = path.read_bytes(), 0
+    for seed in range(150):
+        path.write_bytes(damaged(whole, seed))
+        try:
+            assert {len(entry.boxes.shape) for entry in cache.read(0).values()} <= {2}
+        except InputError as error:
+            refused += "\n" not in error.sentence
+    assert refused > 100
+
+
+def test_a_cache_whose_arrays_do_not_go_together_is_refused(tmp_path):
+    cache = ProposalCache.create(tmp_path / "cache", 1)
+    arrays = {"names": np.frombuffer(b"a\0", np.uint8), "file_sizes": np.array([5]), "ends": np.array([2]),
+              "boxes": np.zeros((2, 4), np.uint8)}
+    for change in ({}, {"ends": np.array([3])}, {"ends": np.array([-1])}, {"boxes": np.zeros((2, 5), np.uint8)},
+                   {"boxes": np.zeros((2, 4))}, {"file_sizes": np.array([5, 6])}, {"names": np.zeros(0, np.uint8)}):
+        np.savez(tmp_path / "cache" / "proposals-00000.npz", **{**arrays, **change})
+        if not change:
+            assert list(cache.read(0)) == ["a"]
+            continue
+        with pytest.raises(InputError, match="of the proposal cache is damaged"):
+            cache.read(0)
+    manifest = tmp_path / "cache" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"num_parts": 16', '"num_parts": 0'))
+    with pytest.raises(InputError, match="num_parts is 0"):
+        ProposalCache(tmp_path / "cache")
+
+
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {"weight": torch.arange(20.0)}, "epoch": 3, "args": {"lr": 0.1, "sizes": [1, 2]}}, path)
+    whole, refused = path.read_bytes(), 0
+    for seed in range(150):
+        path.write_bytes(damaged(whole, seed))
+        try:
+            load_checkpoint(str(path))
+        except InputError as error:
+            refused += "\n" not in error.sentence
+    assert refused > 50  # changed numbers in a tensor are still numbers
