@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import socket
+import tarfile
 import zipfile
 from typing import Any, Dict, List, Optional
 from urllib.parse import urlparse
@@ -44,7 +45,7 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
     if not os.path.isfile(path):
         raise InputError(f"{given}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_plain(path)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         if NOT_PLAIN.search(str(error)):
             raise InputError(f"{_given(flag, path)}: refused, since it holds Python objects other than tensors and plain data, "
@@ -56,6 +57,19 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise InputError(f"{_given(flag, path)}: a checkpoint is a dict, this holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def load_plain(path: str, mmap: bool = False) -> Any:
+    """Read what torch saved, tensors and plain data alone, onto the CPU; the only way in which the programs do.
+
+    Torch before 2.6 hands TorchScript programs on to a loader that runs parts of them, and reads archives of its first
+    format, whatever `weights_only` says: both are refused here. A damaged file raises nearly anything.
+    """
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    if "constants.pkl" in torch._C.PyTorchFileReader(path).get_all_records() if is_zip else tarfile.is_tarfile(path):
+        raise RuntimeError("Unsupported global: the file is a program, or of torch's first format")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _download(url: str, flag: str) -> str:
@@ -140,7 +154,7 @@ def is_whole(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             if file.read(2) != b"PK":
-                torch.load(path, map_location="cpu", weights_only=True)
+                load_plain(path)
                 return True
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

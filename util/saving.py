@@ -8,10 +8,9 @@ import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
-import torch
 from torch import Tensor
 
-from util.checkpoint import is_whole, save_checkpoint
+from util.checkpoint import is_whole, load_plain, save_checkpoint
 from util.distributed import all_gather, is_main_process, print_main
 from util.errors import InputError
 
@@ -158,7 +157,7 @@ def _saved_at(path: str) -> Optional[float]:
     """When a checkpoint was saved, by itself or else by the file system, in seconds; None if it can't be read."""
     try:
         zipped = zipfile.is_zipfile(path)  # only then can it be read without its tensors
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        checkpoint = load_plain(path, mmap=zipped)
         return float(checkpoint.get("saved_at") or os.path.getmtime(path))
     except Exception:  # a damaged file can make the unpickler raise anything
         return None

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import tarfile
 
 import numpy as np
 import pytest
@@ -65,10 +66,13 @@ def test_code_in_a_checkpoint_is_never_executed(tmp_path, loader, tiny_args):
     assert not trace.exists()
 
 
-def test_scripted_and_exported_programs_are_no_checkpoints(tmp_path):
+def test_programs_and_archives_are_no_checkpoints(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / "program.pth"))
-    with pytest.raises(InputError, match="program.pth: (not a checkpoint|refused)"):
-        load_checkpoint(str(tmp_path / "program.pth"))
+    with tarfile.open(tmp_path / "archive.pth", "w") as archive:
+        archive.add(tmp_path / "program.pth", "pickle")
+    for name in ("program.pth", "archive.pth"):
+        with pytest.raises(InputError, match=f"{name}: refused, since it holds Python objects other than tensors"):
+            load_checkpoint(str(tmp_path / name))
 
 
 def test_code_in_a_proposal_cache_is_never_executed(tmp_path):
@@ -118,6 +122,7 @@ def test_no_program_has_a_way_to_execute_what_it_reads(root):
     files = [path for path in root.rglob("*.py") if not {"tests", ".venv", "build"} & set(path.relative_to(root).parts)]
     assert len(files) > 50
     assert [(str(path), *danger) for path in files for danger in dangers(path.read_text())] == []
+    assert [path.name for path in files if "torch.load(" in path.read_text()] == ["checkpoint.py"], "with its other guards"
 
 
 # Paths.
