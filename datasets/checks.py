@@ -17,9 +17,9 @@ from util.errors import InputError
 
 __all__ = [
     "KINDS", "Fault", "Problem", "box_faults", "category_problems", "class_names", "decode_segmentation",
-    "draw_segmentation",
+    "draw_segmentation", "encode_segmentation",
     "ground_truth_problems", "image_entry_problems", "is_box", "is_count", "leaves_folder", "mask_box_fault", "object_faults",
-    "place_faults", "raise_first", "read_labelled_image",
+    "place_faults", "raise_first", "read_labelled_image", "segmentation_rle",
 ]
 
 # Every kind of problem, and what it means.
@@ -303,8 +303,16 @@ def draw_segmentation(
     Returns:
         The mask, bool [height, width], and None; or None and what is wrong with it, a fatal problem.
     """
+    rle, problem = encode_segmentation(annotation, source, height, width, position)
+    return (None, problem) if problem else (mask_codec.decode(rle) > 0, None)
+
+
+def encode_segmentation(
+    annotation: dict, source: str | os.PathLike, height: int, width: int, position: int | None = None
+) -> tuple[dict | None, Problem | None]:
+    """Like `draw_segmentation`, but returns the mask as compressed run lengths."""
     try:
-        return decode_segmentation(annotation["segmentation"], height, width), None
+        return segmentation_rle(annotation["segmentation"], height, width), None
     except Exception as error:  # whatever the JSON holds instead: pycocotools raises plain Exception, too
         return None, Problem(
             "segmentation", f"annotation id {annotation['id']} (image id {annotation['image_id']}) of {source}",
@@ -313,6 +321,15 @@ def draw_segmentation(
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """Draws a segmentation: a list of polygons, or run lengths (compressed or not), as bool [height, width].
+
+    Raises:
+        as `segmentation_rle`.
+    """
+    return mask_codec.decode(segmentation_rle(segmentation, height, width)) > 0
+
+
+def segmentation_rle(segmentation: list | dict, height: int, width: int) -> dict:
+    """Returns a segmentation as the compressed run lengths that pycocotools works with.
 
     Raises:
         ValueError: damaged run lengths, or such for another size or number of pixels; an impossible coordinate. Python
@@ -327,14 +344,14 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int) -> n
             raise ValueError("its run lengths are not whole numbers from 0 up")
         if sum(counts) != height * width:
             raise ValueError(f"its run lengths make {sum(counts)} pixels")
-        return mask_codec.decode(mask_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)) > 0
+        return mask_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
     if not polygons:
-        return np.zeros((height, width), dtype=bool)
+        return mask_codec.encode(np.zeros((height, width), dtype=np.uint8, order="F"))
     for value in (value for polygon in polygons for value in polygon):
         if not _is_number(value) or abs(value) > _LARGEST_COORDINATE:  # pycocotools would crash the process
             raise ValueError(f"it has the coordinate {value}")
-    return mask_codec.decode(mask_codec.frPyObjects(polygons, height, width)).any(axis=2)
+    return mask_codec.merge(mask_codec.frPyObjects(polygons, height, width))
 
 
 def _run_lengths(text: str | bytes) -> list[int]:

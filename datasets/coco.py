@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import transforms as T
-from datasets.checks import (Problem, class_names, draw_segmentation, ground_truth_problems, is_count, raise_first,
-                             read_labelled_image)
+from datasets.checks import (Problem, class_names, draw_segmentation, encode_segmentation, ground_truth_problems, is_count,
+                             raise_first, read_labelled_image)
 from datasets.image_io import UnreadableImage
 from datasets.packed import pack_records
 from datasets.subsets import restriction
@@ -28,8 +28,9 @@ from util.errors import InputError
 
 __all__ = [
     "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "forget_files",
-    "image_folder", "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of", "paths",
-    "read_ground_truth", "report_left_out", "training_augmentation", "training_categories", "transform_sizes",
+    "image_folder", "index_ground_truth", "index_instances", "locate", "make_coco_transforms", "num_classes_and_names",
+    "num_classes_of", "paths", "read_ground_truth", "report_left_out", "training_augmentation", "training_categories",
+    "transform_sizes",
 ]
 
 TRAIN_SIZES = tuple(range(480, 801, 32))
@@ -391,7 +392,8 @@ class CocoDetection(DetectionDataset):
         num_classes = num_classes_of(ground_truth, ann_file, num_classes)
         check_ground_truth(ground_truth, ann_file, num_classes, need_masks=return_masks)
         ground_truth = restrict(ground_truth) if restrict else ground_truth
-        super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed, training=training)
+        super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed, training=training,
+                         index=functools.partial(index_instances, source=ann_file))
 
 
 def read_ground_truth(ann_file: str | os.PathLike) -> dict:
@@ -488,6 +490,27 @@ def report_left_out(problems: list[Problem]) -> None:
         found = [problem for problem in problems if problem.kind == kind]
         if found:
             print_main(f"{len(found)} {what} and are left out, the first is {found[0].where}")
+
+
+class _Instances(COCO):
+    """Objects whose masks are checked before pycocotools sees them: it reads outside its memory where they are damaged."""
+
+    source: str | os.PathLike
+
+    def annToRLE(self, ann: dict) -> dict:
+        """Run lengths of an object's mask, as pycocotools' evaluation wants them."""
+        image = self.imgs[ann["image_id"]]
+        rle, problem = encode_segmentation(ann, self.source, image["height"], image["width"])
+        if problem:
+            raise InputError(problem.sentence)
+        return rle
+
+
+def index_instances(ground_truth: dict, source: str | os.PathLike) -> COCO:
+    """Makes the pycocotools object of a checked COCO dict that comes from the file `source`."""
+    coco = _Instances()
+    coco.source = source
+    return index_ground_truth(ground_truth, coco)
 
 
 def index_ground_truth(ground_truth: dict, coco: COCO | None = None) -> COCO:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from datasets.checks import raise_first
 from datasets.coco import (DetectionDataset, check_ground_truth, class_names, forget_files, image_folder,
-                           index_ground_truth, locate, make_coco_transforms, num_classes_of, read_ground_truth,
-                           report_left_out, training_categories, transform_sizes)
+                           index_ground_truth, index_instances, locate, make_coco_transforms, num_classes_of,
+                           read_ground_truth, report_left_out, training_categories, transform_sizes)
 from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
 from util.distributed import print_main
 from util.errors import InputError
@@ -201,8 +201,8 @@ def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
     if not ({image["id"] for image in content["images"]} >= set(dataset.ids) and set(class_names(content)) <= things):
         print_main(f"{ann_file} has other images or classes than {dataset.source}: boxes are evaluated on the segments")
         return None
-    check_ground_truth(content, ann_file, num_classes_of(content, ann_file))
-    return index_ground_truth(content)
+    check_ground_truth(content, ann_file, num_classes_of(content, ann_file), need_masks=dataset.return_masks)
+    return index_instances(content, ann_file)
 
 
 def _check_categories(dataset: CocoPanoptic, args: argparse.Namespace) -> None:

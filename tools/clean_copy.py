@@ -54,7 +54,7 @@ def clean(content: Json, problems: Sequence[Problem], masks: bool) -> Tuple[Json
     repeated: Set[int] = set()
     for problem in problems:
         entry = _entry_of(problem, content)
-        if entry is None:
+        if entry is content:
             continue
         if problem.kind == "annotation_id" and _is_instance(problem, entry):
             repeated.add(id(entry))
@@ -75,12 +75,12 @@ def clean(content: Json, problems: Sequence[Problem], masks: bool) -> Tuple[Json
 
 
 def _entry_of(problem: Problem, content: Json) -> Any:
-    """The image, annotation or segment that has the problem; None if it is the whole file or a category."""
+    """The image, annotation or segment that has the problem; the content itself if it is the whole file or a category."""
     if problem.segment is not None:
         return content["annotations"][problem.annotation]["segments_info"][problem.segment]
     if problem.annotation is not None:
         return content["annotations"][problem.annotation]
-    return None if problem.image is None else content["images"][problem.image]
+    return content if problem.image is None else content["images"][problem.image]
 
 
 def _is_instance(problem: Problem, entry: Any) -> bool:

@@ -187,8 +187,10 @@ def test_segments_are_the_ground_truth_of_boxes_and_masks(world):
 
 
 def instances_file(image_ids=(8, 4), category_id=2):
-    return {"images": [{"id": number, "file_name": f"{number}.jpg"} for number in image_ids],
-            "annotations": [{"id": 5, "image_id": image_ids[0], "category_id": category_id, "bbox": [4, 8, 7, 4]}],
+    outline = [4, 8, 11, 8, 11, 12, 4, 12]
+    return {"images": [{"id": number, "file_name": f"{number}.jpg", "height": HEIGHT, "width": WIDTH} for number in image_ids],
+            "annotations": [{"id": 5, "image_id": image_ids[0], "category_id": category_id, "bbox": [4, 8, 7, 4],
+                             "segmentation": [outline]}],
             "categories": [{"id": category_id, "name": "boat"}]}
 
 

@@ -26,7 +26,7 @@ import torch
 
 from datasets.toy import ToySettings, write_toy
 from tools.loading import require_at_least_one
-from tools.torture.attempts import Attempt
+from tools.torture.attempts import Attempt, warm_up
 from tools.torture.faults import DISK_MB, ON_IMAGES, ON_RUNS, ON_TWO_PROCESSES, Fault, Place, SmallDisk
 from util.checkpoint import load_checkpoint
 from util.errors import InputError, run_program
@@ -163,7 +163,7 @@ class Torture:
             attempt.wait(HANGS_AFTER_S, lambda: attempt.steps_done() is not None)
             attempt.wait(self.rng.uniform(0, span))
         else:
-            attempt.wait(self.rng.uniform(0, self.until_first_step + span))
+            attempt.wait(self.rng.uniform(0, self.until_first_step + 2 * span))
         if attempt.has_ended or not fault.inject(attempt, place, self.rng):
             self.deck.append(name)
             return False
@@ -249,6 +249,7 @@ def main(args: argparse.Namespace) -> None:
         write_toy(folder / "toy", ToySettings(image_size=64, num_unlabelled=1, num_train=IMAGES, num_val=2))
         tallies: Dict[str, Tally] = {}
         failures: List[str] = []
+        warm_up()
         for kind, count in shares(args.faults).items():
             if count:
                 torture = Torture(kind, folder / "toy", folder, disk, args.seed)

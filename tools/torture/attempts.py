@@ -91,6 +91,13 @@ class Attempt:
         return found
 
 
+def warm_up() -> None:
+    """Have everything imported, which takes some seconds, so that starts can be timed."""
+    process = _START.Process(target=steps_of, args=(0, 0, 0))
+    process.start()
+    process.join()
+
+
 def steps_of(epoch: int, step: int, steps_per_epoch: int) -> int:
     """Steps taken since the run's first epoch once a step, counted from 0, of an epoch is."""
     return epoch * steps_per_epoch + step + 1
