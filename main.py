@@ -3,7 +3,6 @@ import argparse
 import datetime
 import functools
 import inspect
-import resource
 import secrets
 import time
 from typing import Any, Dict, List, Optional, Tuple
@@ -18,6 +17,7 @@ from datasets.pretext import PretextDataset
 from datasets.regions import STRATEGIES
 from engine import evaluate, evaluate_patches, train_one_epoch
 from models import build_model
+from models.acceleration import compile_parts, set_precision
 from models.detreg import HEADS
 from util import recipes
 from util.checkpoint import (counts_from_centre, load_checkpoint, load_model_strictly, load_pretrained, model_state,
@@ -25,6 +25,7 @@ from util.checkpoint import (counts_from_centre, load_checkpoint, load_model_str
 from util.distributed import (all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, print_main,
                               shutdown)
 from util.errors import InputError, run_program
+from util.host_memory import keep_freed_memory, largest_memory_mb
 from util.misc import collate_fn
 from util.progress import Progress
 from util.schedule import build_scheduler
@@ -60,6 +61,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient norm to clip to; 0 for no clipping")
     group.add_argument("--accumulate_steps", default=1, type=int, help="batches per optimizer step")
     group.add_argument("--amp", choices=sorted(AMP_TYPES), help="mixed precision; matching and losses stay in float32")
+    group.add_argument("--tf32", action="store_true", help="on a GPU, compute float32 products in TF32")
+    group.add_argument("--compile", action="store_true", help="compile the transformer, and on a GPU the backbone")
+    group.add_argument("--no_fuse", action="store_true", help="run convolution, frozen batch norm and ReLU one by one")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(recipes.MODELS), help="detr (DETReg pre-training: deformable_detr)")
@@ -212,8 +216,8 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
             matching = [i for i, words in enumerate(keywords, 1) if any(word in name for word in words)]
             groups[matching[0] if matching else 0]["params"].append(parameter)
     if args.sgd:
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def build_train_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
@@ -329,13 +333,6 @@ def _unreadable(dataset: Any) -> Dict[str, int]:
     return {"unreadable_images": len(unreadable)}
 
 
-def largest_memory_mb() -> float:
-    """Most memory this process has held: on the GPU if it used one, else in the host."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
-
-
 def read_start(args: argparse.Namespace) -> Dict[str, Any]:
     """Read what the run starts from: a checkpoint to continue or evaluate, else a detector to put masks on, else
     another model's weights, else nothing."""
@@ -414,6 +411,8 @@ def main(args: argparse.Namespace) -> None:
         print_main(f"overfit: training and evaluation see the first {args.overfit} training images, not augmented")
     device = torch.device(args.device)
 
+    set_precision(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     model, criterion, postprocessors = build_model(args, things)
     optimizer = build_optimizer(model, args)
@@ -422,6 +421,7 @@ def main(args: argparse.Namespace) -> None:
                           is_thing_map=things)
     torch.manual_seed(args.seed + get_rank())  # from here on processes draw their own dropout
     initial_weights(state, checkpoint, args)
+    compile_parts(model, args)
     del checkpoint  # a training would keep its memory to the end
 
     # DETReg's pre-training is not evaluated; it is judged by what comes of it.
