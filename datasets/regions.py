@@ -59,7 +59,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> Pre
     else:
         transform = T.RandomResize([max(sizes)], max_size)
     if args.cache_path and root == args.imagenet_path:
-        limit = args.max_prop if args.strategy == "topk" else None
+        limit = max(args.max_prop, _MIN_REGIONS) if args.strategy == "topk" else None
         source: Callable = CachedProposals(args.cache_path, root, files, limit)
     else:
         require_opencv()

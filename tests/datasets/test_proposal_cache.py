@@ -42,9 +42,9 @@ def all_entries(cache_path):
 def test_training_on_the_cache_is_training_without_it(folder, tmp_path, fill):
     printed = fill()
     assert "regions on average of 4 images; 4 were new, 0 could not be read" in printed
-    for strategy in ("topk", "random"):
+    for strategy, max_prop in (("topk", 3), ("topk", 1), ("random", 3)):
         for image_set in ("train", "val"):
-            args = arguments(folder, strategy=strategy, max_prop=3)
+            args = arguments(folder, strategy=strategy, max_prop=max_prop)
             plain = build_dataset(image_set, args)
             args.cache_path = str(tmp_path / "cache")
             cached = build_dataset(image_set, args)
