@@ -129,8 +129,7 @@ def make_coco_transforms(
         ValueError: `image_set` is neither "train" nor "val".
         InputError: a size is less than 1, or `crop_size` is not two ascending numbers.
     """
-    if min([val_size, max_size, *(train_sizes or ()), *(crop_resize or ()), *(crop_size or ())]) < 1:
-        raise InputError("--train_sizes, --val_size, --max_size, --crop_resize and --crop_size must be at least 1")
+    _check_sizes(train_sizes=train_sizes, val_size=[val_size], max_size=[max_size])
     if image_set == "val":
         return T.Compose([T.RandomResize([val_size], max_size), T.Normalize()])
     if image_set != "train":
@@ -142,7 +141,12 @@ def make_coco_transforms(
 def training_augmentation(
     train_sizes: Sequence[int], max_size: int, crop_resize: list[int] | None, crop_size: list[int] | None
 ) -> T.Compose:
-    """DETR's augmentation in training up to the bytes of the image, arguments as in `make_coco_transforms`."""
+    """DETR's augmentation in training up to the bytes of the image, arguments as in `make_coco_transforms`.
+
+    Raises:
+        InputError: a size of the crop is less than 1, or `crop_size` is not two ascending numbers.
+    """
+    _check_sizes(crop_resize=crop_resize, crop_size=crop_size)
     if crop_size and not (len(crop_size) == 2 and crop_size[0] <= crop_size[1]):
         raise InputError(f"--crop_size {crop_size} is not a smallest and a largest side")
     scale = max(train_sizes) / max(TRAIN_SIZES)
@@ -154,6 +158,12 @@ def training_augmentation(
         resize,
     ])
     return T.Compose([T.RandomHorizontalFlip(), T.RandomSelect(resize, crop_and_resize)])
+
+
+def _check_sizes(**sizes: list[int] | None) -> None:
+    for name, values in sizes.items():
+        if values and min(values) < 1:
+            raise InputError(f"--{name} {min(values)} must be at least 1")
 
 
 class DetectionDataset(Dataset):

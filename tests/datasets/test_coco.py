@@ -342,8 +342,10 @@ def test_missing_images_and_other_sizes_are_refused(world):
 
 
 def test_senseless_sizes_are_refused(world):
-    with pytest.raises(InputError, match="--val_size, .* must be at least 1"):
-        build_dataset("val", arguments(world.root, val_size=0))
+    for image_set, name, value in (("val", "val_size", 0), ("val", "max_size", -1), ("train", "train_sizes", [0, 64]),
+                                   ("train", "crop_resize", [0]), ("train", "crop_size", [0, 0])):
+        with pytest.raises(InputError, match=f"^--{name} {min(np.ravel(value))} must be at least 1$"):
+            build_dataset(image_set, arguments(world.root, **{name: value}))
     with pytest.raises(InputError, match=r"--crop_size \[60, 40\] is not a smallest and a largest side"):
         build_dataset("train", arguments(world.root, crop_size=[60, 40]))
 
