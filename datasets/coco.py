@@ -92,9 +92,8 @@ def training_categories(
     if ann_file is None:
         flag = "train_annotations" if of_training else "val_annotations"
         raise InputError(f"--coco_path is needed, the folder that holds annotations/, or --{flag}")
-    categories = _read_categories(*_version(ann_file))
-    if args.eval and of_training:
-        _read_json.cache_clear()  # an evaluation has no further use for gigabytes of training annotations
+    # An evaluation has no further use for gigabytes of training annotations.
+    categories = _read_categories(*_version(ann_file), keep=not (args.eval and of_training))
     return ann_file, {"categories": list(categories)}
 
 
@@ -345,7 +344,7 @@ class CocoDetection(DetectionDataset):
 def read_ground_truth(ann_file: str | os.PathLike) -> dict:
     """Reads an instances JSON and checks that it is one.
 
-    The latest two files are remembered, since their categories are wanted before their annotations are.
+    The latest three files are remembered, since their categories are wanted before their annotations are.
 
     Raises:
         InputError: the file is missing, not JSON, or lacks one of the lists of a COCO file.
@@ -362,11 +361,13 @@ def _version(path: Path) -> tuple[Path, int, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read_categories(path: Path, modified: int, size: int) -> tuple[dict, ...]:
-    return tuple(_read_json(path, modified, size)["categories"])
+def _read_categories(path: Path, modified: int, size: int, keep: bool) -> tuple[dict, ...]:
+    """Reads the categories of a file; `keep` remembers everything else in it, too."""
+    read = _read_json if keep else _read_json.__wrapped__
+    return tuple(read(path, modified, size)["categories"])
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _read_json(path: Path, modified: int, size: int) -> dict:
     """Reads one version of a file; `modified` and `size` only tell versions apart."""
     try:

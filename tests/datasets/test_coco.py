@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as mask_codec
 from torch.utils.data import DataLoader, Subset
 
-from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names
+from datasets import build_dataset, coco, get_coco_api_from_dataset, num_classes_and_names
 from datasets.coco import CocoDetection, make_coco_transforms
 from util.errors import InputError
 from util.misc import collate_fn
@@ -168,6 +168,17 @@ def test_evaluation_needs_only_the_validation_annotations(world):
     assert len(build_dataset("val", args)) == 3
     with pytest.raises(InputError, match="instances_train2017.json does not exist"):
         num_classes_and_names(arguments(world.root))
+
+
+def test_an_evaluation_keeps_the_validation_annotations_alone(world):
+    for evaluating, kept in ((False, 2), (True, 1)):
+        coco._read_json.cache_clear()
+        coco._read_categories.cache_clear()
+        args = arguments(world.root, eval=evaluating)
+        dataset = build_dataset("val", args)
+        num_classes_and_names(args)   # reads the training annotations, as the first did
+        assert coco._read_json.cache_info().currsize == kept
+        assert coco.read_ground_truth(dataset.source) is dataset.coco.dataset
 
 
 def move(world):
