@@ -179,7 +179,7 @@ class DetectionDataset(Dataset):
         return_masks: whether targets hold `masks`.
         seed: seed of the run.
         remove_difficult: leave annotations marked `difficult` out of the targets.
-        index: makes the `COCO` object of the ground truth.
+        coco: an empty `COCO` object to fill with the ground truth; None for an ordinary one.
 
     Attributes:
         coco: the ground truth as a pycocotools COCO object.
@@ -196,7 +196,7 @@ class DetectionDataset(Dataset):
         *,
         seed: int = 0,
         remove_difficult: bool = False,
-        index: Callable[[dict], COCO] | None = None,
+        coco: COCO | None = None,
     ) -> None:
         self.img_folder = Path(img_folder)
         self.source = source
@@ -204,7 +204,7 @@ class DetectionDataset(Dataset):
         self.return_masks = return_masks
         self.seed = seed
         self.remove_difficult = remove_difficult
-        self.coco = (index or index_ground_truth)(ground_truth)
+        self.coco = index_ground_truth(ground_truth, coco)
         self.ids = sorted(self.coco.imgs)
         self._objects, self._starts = self._pack_annotations()
         # In shared memory, so that workers which outlive an epoch see the new one.

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +121,8 @@ class CocoPanoptic(DetectionDataset):
         report_left_out(passed)
         self.coco_panoptic_json, self.coco_panoptic_folder = Path(ann_file), Path(ann_folder)
         self.instances: COCO | None = None
-        truth = partial(_index_segments, ann_folder=Path(ann_folder), source=ann_file)
         super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
-                         index=truth)
+                         coco=_Segments(Path(ann_folder), ann_file))
 
     def _masks(self, image_id: int, height: int, width: int) -> Tensor:
         """Reads the masks of an image's objects, bool [n, height, width]."""
@@ -184,10 +182,6 @@ def as_ground_truth(content: dict) -> dict:
                 "category_id": segment["category_id"], "bbox": box, "area": segment.get("area", box[2] * box[3]),
                 "iscrowd": segment.get("iscrowd", 0)})
     return {"images": kept, "annotations": annotations, "categories": content["categories"]}
-
-
-def _index_segments(ground_truth: dict, ann_folder: Path, source: str | os.PathLike) -> COCO:
-    return index_ground_truth(ground_truth, _Segments(ann_folder, source))
 
 
 def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
