@@ -143,7 +143,7 @@ class _Segments(COCO):
         super().__init__()
         self.ann_folder = ann_folder
         self.source = source
-        self._latest: tuple[int, np.ndarray] | None = None
+        self._run_lengths: dict[int, dict] = {}  # by annotation id
 
     def segment_file(self, image_id: int) -> Path:
         """Returns the PNG of an image."""
@@ -157,12 +157,15 @@ class _Segments(COCO):
         return ids
 
     def annToRLE(self, ann: dict) -> dict:
-        """Run lengths of a segment's mask, as pycocotools' evaluation wants them: image after image."""
-        image = self.imgs[ann["image_id"]]
-        if self._latest is None or self._latest[0] != image["id"]:
+        """Run lengths of a segment's mask; those of all the image's segments are remembered for later evaluations."""
+        if ann["id"] not in self._run_lengths:
+            image = self.imgs[ann["image_id"]]
             size = (image["height"], image["width"]) if {"height", "width"} <= set(image) else None
-            self._latest = image["id"], self.segment_ids(image["id"], size)
-        return mask_codec.encode(np.asfortranarray(self._latest[1] == ann["segment_id"], dtype=np.uint8))
+            ids = self.segment_ids(image["id"], size)
+            for segment in self.imgToAnns[image["id"]]:
+                mask = np.asfortranarray(ids == segment["segment_id"], dtype=np.uint8)
+                self._run_lengths[segment["id"]] = mask_codec.encode(mask)
+        return self._run_lengths[ann["id"]]
 
 
 def as_ground_truth(content: dict) -> dict:

@@ -184,6 +184,8 @@ def test_segments_are_the_ground_truth_of_boxes_and_masks(world):
     for annotation in coco.imgToAnns[8]:
         mask = mask_codec.decode(coco.annToRLE(annotation)).astype(bool)
         np.testing.assert_array_equal(mask, picture_ids() == annotation["segment_id"])
+    (world.root / "panoptic_val2017/8.png").unlink()
+    assert mask_codec.area(coco.annToRLE(coco.imgToAnns[8][1])) == 24, "read once, for all evaluations"
 
 
 def instances_file(image_ids=(8, 4), category_id=2):
