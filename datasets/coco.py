@@ -24,7 +24,7 @@ from util.distributed import print_main
 from util.errors import InputError
 
 __all__ = [
-    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "image_folder",
+    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "image_folder",
     "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of", "paths",
     "read_ground_truth", "report_left_out", "training_augmentation", "training_categories", "transform_sizes",
 ]
@@ -33,6 +33,8 @@ TRAIN_SIZES = tuple(range(480, 801, 32))
 _SIZE_FLAGS = ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")
 _CROP_RESIZES = (400, 500, 600)
 _CROP_SIZES = (384, 600)
+# Tells where the annotations of "train" or "val" lie by the flags; None if no flag says.
+AnnFileOf = Callable[[str, argparse.Namespace], Path | None]
 
 
 def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "CocoDetection":
@@ -56,8 +58,12 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
                          num_classes=num_classes, restrict=restriction(image_set, args))
 
 
-def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
+def num_classes_and_names(args: argparse.Namespace, ann_file_of: AnnFileOf | None = None) -> tuple[int, dict[int, str]]:
     """Reads how many classes a model for `args` needs, from the training annotations.
+
+    Args:
+        args: parsed flags.
+        ann_file_of: see `training_categories`; None for this module's.
 
     Returns:
         `args.num_classes`, or the highest category id + 1; and the class name of each category id.
@@ -65,18 +71,16 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
     Raises:
         InputError: the annotations are missing or broken.
     """
-    ann_file, categories = training_categories(args, _ann_file)
+    ann_file, categories = training_categories(args, ann_file_of or _ann_file)
     return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
 
 
-def training_categories(
-    args: argparse.Namespace, ann_file_of: Callable[[str, argparse.Namespace], Path | None]
-) -> tuple[Path, dict]:
+def training_categories(args: argparse.Namespace, ann_file_of: AnnFileOf) -> tuple[Path, dict]:
     """Reads the categories that a model for `args` is trained on.
 
     Args:
         args: parsed flags.
-        ann_file_of: tells the annotation file of "train" or "val" and `args`, None where no flag says.
+        ann_file_of: tells the annotation files.
 
     Returns:
         The training annotations, or the validation ones in an evaluation that has no others; and a dict with their
@@ -415,14 +419,9 @@ def check_ground_truth(
     """
     passed = raise_first(ground_truth_problems(ground_truth, source, num_classes, need_masks))
     for annotation in ground_truth["annotations"]:
-        fill_in(annotation)
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     report_left_out(passed)
-
-
-def fill_in(entry: dict) -> None:
-    """Gives an annotation or segment the `iscrowd` (0) and `area` (that of its box) that it lacks."""
-    entry.setdefault("iscrowd", 0)
-    entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
 
 
 def report_left_out(problems: list[Problem]) -> None:

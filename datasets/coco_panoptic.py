@@ -12,7 +12,8 @@ from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datasets.checks import raise_first
+from datasets import coco
+from datasets.checks import image_entry_problems, raise_first
 from datasets.coco import (DetectionDataset, check_ground_truth, class_names, image_folder, index_ground_truth, locate,
                            make_coco_transforms, num_classes_of, read_ground_truth, report_left_out,
                            training_categories, transform_sizes)
@@ -53,16 +54,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
-    """Reads how many classes a model for `args` needs, things and stuff, from the training annotations.
-
-    Returns:
-        `args.num_classes`, or the highest category id + 1; and the class name of each category id.
-
-    Raises:
-        InputError: the annotations are missing or broken.
-    """
-    ann_file, categories = training_categories(args, _ann_file)
-    return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
+    """`datasets.coco.num_classes_and_names`, of things and stuff."""
+    return coco.num_classes_and_names(args, _ann_file)
 
 
 def is_thing_map(args: argparse.Namespace) -> dict[int, bool]:
@@ -193,7 +186,8 @@ def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
         return None
     content = read_ground_truth(ann_file)
     things = {number for number, is_thing in is_thing_of(dataset.coco.dataset, dataset.source).items() if is_thing}
-    if not ({image["id"] for image in content["images"]} >= set(dataset.ids) and set(class_names(content)) <= things):
+    images, _ = image_entry_problems(content["images"], ann_file)
+    if not (set(images) >= set(dataset.ids) and set(class_names(content)) <= things):
         print_main(f"{ann_file} has other images or classes than {dataset.source}: boxes are evaluated on the segments")
         return None
     check_ground_truth(content, ann_file, num_classes_of(content, ann_file))

@@ -201,7 +201,8 @@ def test_boxes_are_evaluated_on_the_instances_where_they_are_there(world):
     assert dataset[1][1]["labels"].tolist() == [5, 2, 30], "targets stay the segments"
 
 
-@pytest.mark.parametrize("other", [instances_file(image_ids=(8,)), instances_file(category_id=5)])
+@pytest.mark.parametrize("other", [instances_file(image_ids=(8,)), instances_file(category_id=5),
+                                   {**instances_file(), "images": [{"file_name": "8.jpg"}, 4]}])
 def test_instances_of_another_set_are_not_taken(world, other, capsys):
     (world.root / "annotations/instances_val2017.json").write_text(json.dumps(other))
     dataset = build_dataset("val", arguments(world.root))
