@@ -169,14 +169,6 @@ def test_unreadable_images_are_passed_over_and_tried_again(folder, tmp_path, fil
     assert dataset[0][1]["image_id"].tolist() == [0]
 
 
-def test_held_out_images_of_another_tree_are_proposed_on_the_spot(folder, tmp_path, fill):
-    fill()
-    write_scene(tmp_path / "other/n0/a.png", seed=77)
-    args = arguments(folder, cache_path=str(tmp_path / "cache"), imagenet_val_path=str(tmp_path / "other"))
-    expected = build_dataset("val", arguments(tmp_path / "other"))[0][1]["boxes"]
-    assert torch.equal(build_dataset("val", args)[0][1]["boxes"], expected)
-
-
 def test_an_image_without_structure_is_cached_too(folder, tmp_path, fill):
     Image.new("RGB", (30, 30)).save(folder / "flat.png")
     fill()
