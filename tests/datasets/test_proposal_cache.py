@@ -134,6 +134,17 @@ def test_a_cache_of_other_proposals_is_refused(folder, tmp_path, fill, change, w
         fill()
 
 
+@pytest.mark.parametrize("content", [{}, {"num_parts": 0}, {"num_parts": "many"}])
+def test_a_damaged_manifest_is_refused(folder, tmp_path, fill, content):
+    fill()
+    path = tmp_path / "cache/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["num_parts"]
+    path.write_text(json.dumps({**manifest, **content}))
+    with pytest.raises(InputError, match="manifest.json is damaged: its num_parts is (None|0|many), not a number"):
+        ProposalCache(tmp_path / "cache")
+
+
 def test_what_is_no_cache_is_refused(folder, tmp_path, fill):
     with pytest.raises(InputError, match="holds no proposals: it has no manifest.json"):
         build_dataset("train", arguments(folder, cache_path=str(tmp_path / "cache")))
