@@ -114,7 +114,6 @@ def get_args_parser() -> argparse.ArgumentParser:
                             "often (topk)")
     group.add_argument("--max_prop", type=int, help="most regions to find in an image (30)")
     group.add_argument("--cache_path", help="--imagenet_path's proposals by tools.cache_proposals (made on the spot)")
-
     group.add_argument("--object_embedding_loss", action="store_true", default=None,
                        help="also predict embeddings of what is in the regions")
     group.add_argument("--obj_embedding_head", choices=HEADS,

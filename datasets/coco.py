@@ -24,7 +24,7 @@ from util.distributed import print_main
 from util.errors import InputError
 
 __all__ = [
-    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "image_folder",
+    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "image_folder",
     "index_ground_truth", "locate", "make_coco_transforms", "num_classes_and_names", "num_classes_of", "paths",
     "read_ground_truth", "report_left_out", "training_augmentation", "training_categories", "transform_sizes",
 ]
@@ -33,6 +33,8 @@ TRAIN_SIZES = tuple(range(480, 801, 32))
 _SIZE_FLAGS = ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")
 _CROP_RESIZES = (400, 500, 600)
 _CROP_SIZES = (384, 600)
+# Tells where the annotations of "train" or "val" lie by the flags; None if no flag says.
+AnnFileOf = Callable[[str, argparse.Namespace], Path | None]
 
 
 def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "CocoDetection":
@@ -56,8 +58,12 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
                          num_classes=num_classes, restrict=restriction(image_set, args))
 
 
-def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
+def num_classes_and_names(args: argparse.Namespace, ann_file_of: AnnFileOf | None = None) -> tuple[int, dict[int, str]]:
     """Reads how many classes a model for `args` needs, from the training annotations.
+
+    Args:
+        args: parsed flags.
+        ann_file_of: see `training_categories`; None for this module's.
 
     Returns:
         `args.num_classes`, or the highest category id + 1; and the class name of each category id.
@@ -65,18 +71,16 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
     Raises:
         InputError: the annotations are missing or broken.
     """
-    ann_file, categories = training_categories(args, _ann_file)
+    ann_file, categories = training_categories(args, ann_file_of or _ann_file)
     return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
 
 
-def training_categories(
-    args: argparse.Namespace, ann_file_of: Callable[[str, argparse.Namespace], Path | None]
-) -> tuple[Path, dict]:
+def training_categories(args: argparse.Namespace, ann_file_of: AnnFileOf) -> tuple[Path, dict]:
     """Reads the categories that a model for `args` is trained on.
 
     Args:
         args: parsed flags.
-        ann_file_of: tells the annotation file of "train" or "val" and `args`, None where no flag says.
+        ann_file_of: tells the annotation files.
 
     Returns:
         The training annotations, or the validation ones in an evaluation that has no others; and a dict with their
@@ -92,9 +96,8 @@ def training_categories(
     if ann_file is None:
         flag = "train_annotations" if of_training else "val_annotations"
         raise InputError(f"--coco_path is needed, the folder that holds annotations/, or --{flag}")
-    categories = _read_categories(*_version(ann_file))
-    if args.eval and of_training:
-        _read_json.cache_clear()  # an evaluation has no further use for gigabytes of training annotations
+    # An evaluation has no further use for gigabytes of training annotations.
+    categories = _read_categories(*_version(ann_file), keep=not (args.eval and of_training))
     return ann_file, {"categories": list(categories)}
 
 
@@ -129,8 +132,7 @@ def make_coco_transforms(
         ValueError: `image_set` is neither "train" nor "val".
         InputError: a size is less than 1, or `crop_size` is not two ascending numbers.
     """
-    if min([val_size, max_size, *(train_sizes or ()), *(crop_resize or ()), *(crop_size or ())]) < 1:
-        raise InputError("--train_sizes, --val_size, --max_size, --crop_resize and --crop_size must be at least 1")
+    _check_sizes(train_sizes=train_sizes, val_size=[val_size], max_size=[max_size])
     if image_set == "val":
         return T.Compose([T.RandomResize([val_size], max_size), T.Normalize()])
     if image_set != "train":
@@ -142,7 +144,12 @@ def make_coco_transforms(
 def training_augmentation(
     train_sizes: Sequence[int], max_size: int, crop_resize: list[int] | None, crop_size: list[int] | None
 ) -> T.Compose:
-    """DETR's augmentation in training up to the bytes of the image, arguments as in `make_coco_transforms`."""
+    """DETR's augmentation in training up to the bytes of the image, arguments as in `make_coco_transforms`.
+
+    Raises:
+        InputError: a size of the crop is less than 1, or `crop_size` is not two ascending numbers.
+    """
+    _check_sizes(crop_resize=crop_resize, crop_size=crop_size)
     if crop_size and not (len(crop_size) == 2 and crop_size[0] <= crop_size[1]):
         raise InputError(f"--crop_size {crop_size} is not a smallest and a largest side")
     scale = max(train_sizes) / max(TRAIN_SIZES)
@@ -154,6 +161,12 @@ def training_augmentation(
         resize,
     ])
     return T.Compose([T.RandomHorizontalFlip(), T.RandomSelect(resize, crop_and_resize)])
+
+
+def _check_sizes(**sizes: list[int] | None) -> None:
+    for name, values in sizes.items():
+        if values and min(values) < 1:
+            raise InputError(f"--{name} {min(values)} must be at least 1")
 
 
 class DetectionDataset(Dataset):
@@ -170,7 +183,7 @@ class DetectionDataset(Dataset):
         return_masks: whether targets hold `masks`.
         seed: seed of the run.
         remove_difficult: leave annotations marked `difficult` out of the targets.
-        index: makes the `COCO` object of the ground truth.
+        coco: an empty `COCO` object to fill with the ground truth; None for an ordinary one.
 
     Attributes:
         coco: the ground truth as a pycocotools COCO object.
@@ -187,7 +200,7 @@ class DetectionDataset(Dataset):
         *,
         seed: int = 0,
         remove_difficult: bool = False,
-        index: Callable[[dict], COCO] | None = None,
+        coco: COCO | None = None,
     ) -> None:
         self.img_folder = Path(img_folder)
         self.source = source
@@ -195,7 +208,7 @@ class DetectionDataset(Dataset):
         self.return_masks = return_masks
         self.seed = seed
         self.remove_difficult = remove_difficult
-        self.coco = (index or index_ground_truth)(ground_truth)
+        self.coco = index_ground_truth(ground_truth, coco)
         self.ids = sorted(self.coco.imgs)
         self._objects, self._starts = self._pack_annotations()
         # In shared memory, so that workers which outlive an epoch see the new one.
@@ -335,7 +348,7 @@ class CocoDetection(DetectionDataset):
 def read_ground_truth(ann_file: str | os.PathLike) -> dict:
     """Reads an instances JSON and checks that it is one.
 
-    The latest two files are remembered, since their categories are wanted before their annotations are.
+    The latest three files are remembered, since their categories are wanted before their annotations are.
 
     Raises:
         InputError: the file is missing, not JSON, or lacks one of the lists of a COCO file.
@@ -352,11 +365,13 @@ def _version(path: Path) -> tuple[Path, int, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read_categories(path: Path, modified: int, size: int) -> tuple[dict, ...]:
-    return tuple(_read_json(path, modified, size)["categories"])
+def _read_categories(path: Path, modified: int, size: int, keep: bool) -> tuple[dict, ...]:
+    """Reads the categories of a file; `keep` remembers everything else in it, too."""
+    read = _read_json if keep else _read_json.__wrapped__
+    return tuple(read(path, modified, size)["categories"])
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _read_json(path: Path, modified: int, size: int) -> dict:
     """Reads one version of a file; `modified` and `size` only tell versions apart."""
     try:
@@ -404,14 +419,9 @@ def check_ground_truth(
     """
     passed = raise_first(ground_truth_problems(ground_truth, source, num_classes, need_masks))
     for annotation in ground_truth["annotations"]:
-        fill_in(annotation)
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     report_left_out(passed)
-
-
-def fill_in(entry: dict) -> None:
-    """Gives an annotation or segment the `iscrowd` (0) and `area` (that of its box) that it lacks."""
-    entry.setdefault("iscrowd", 0)
-    entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
 
 
 def report_left_out(problems: list[Problem]) -> None:

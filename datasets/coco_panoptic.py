@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datasets.checks import raise_first
+from datasets import coco
+from datasets.checks import image_entry_problems, raise_first
 from datasets.coco import (DetectionDataset, check_ground_truth, class_names, image_folder, index_ground_truth, locate,
                            make_coco_transforms, num_classes_of, read_ground_truth, report_left_out,
                            training_categories, transform_sizes)
@@ -54,16 +54,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
-    """Reads how many classes a model for `args` needs, things and stuff, from the training annotations.
-
-    Returns:
-        `args.num_classes`, or the highest category id + 1; and the class name of each category id.
-
-    Raises:
-        InputError: the annotations are missing or broken.
-    """
-    ann_file, categories = training_categories(args, _ann_file)
-    return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
+    """`datasets.coco.num_classes_and_names`, of things and stuff."""
+    return coco.num_classes_and_names(args, _ann_file)
 
 
 def is_thing_map(args: argparse.Namespace) -> dict[int, bool]:
@@ -122,9 +114,8 @@ class CocoPanoptic(DetectionDataset):
         report_left_out(passed)
         self.coco_panoptic_json, self.coco_panoptic_folder = Path(ann_file), Path(ann_folder)
         self.instances: COCO | None = None
-        truth = partial(_index_segments, ann_folder=Path(ann_folder), source=ann_file)
         super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
-                         index=truth)
+                         coco=_Segments(Path(ann_folder), ann_file))
 
     def _masks(self, image_id: int, height: int, width: int) -> Tensor:
         """Reads the masks of an image's objects, bool [n, height, width]."""
@@ -145,7 +136,7 @@ class _Segments(COCO):
         super().__init__()
         self.ann_folder = ann_folder
         self.source = source
-        self._latest: tuple[int, np.ndarray] | None = None
+        self._run_lengths: dict[int, dict] = {}  # by annotation id
 
     def segment_file(self, image_id: int) -> Path:
         """Returns the PNG of an image."""
@@ -159,12 +150,15 @@ class _Segments(COCO):
         return ids
 
     def annToRLE(self, ann: dict) -> dict:
-        """Run lengths of a segment's mask, as pycocotools' evaluation wants them: image after image."""
-        image = self.imgs[ann["image_id"]]
-        if self._latest is None or self._latest[0] != image["id"]:
+        """Run lengths of a segment's mask; those of all the image's segments are remembered for later evaluations."""
+        if ann["id"] not in self._run_lengths:
+            image = self.imgs[ann["image_id"]]
             size = (image["height"], image["width"]) if {"height", "width"} <= set(image) else None
-            self._latest = image["id"], self.segment_ids(image["id"], size)
-        return mask_codec.encode(np.asfortranarray(self._latest[1] == ann["segment_id"], dtype=np.uint8))
+            ids = self.segment_ids(image["id"], size)
+            for segment in self.imgToAnns[image["id"]]:
+                mask = np.asfortranarray(ids == segment["segment_id"], dtype=np.uint8)
+                self._run_lengths[segment["id"]] = mask_codec.encode(mask)
+        return self._run_lengths[ann["id"]]
 
 
 def as_ground_truth(content: dict) -> dict:
@@ -186,17 +180,14 @@ def as_ground_truth(content: dict) -> dict:
     return {"images": kept, "annotations": annotations, "categories": content["categories"]}
 
 
-def _index_segments(ground_truth: dict, ann_folder: Path, source: str | os.PathLike) -> COCO:
-    return index_ground_truth(ground_truth, _Segments(ann_folder, source))
-
-
 def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
     """Reads COCO's own objects of the images of `dataset`, if they are there and belong to it."""
     if not ann_file.is_file():
         return None
     content = read_ground_truth(ann_file)
     things = {number for number, is_thing in is_thing_of(dataset.coco.dataset, dataset.source).items() if is_thing}
-    if not ({image["id"] for image in content["images"]} >= set(dataset.ids) and set(class_names(content)) <= things):
+    images, _ = image_entry_problems(content["images"], ann_file)
+    if not (set(images) >= set(dataset.ids) and set(class_names(content)) <= things):
         print_main(f"{ann_file} has other images or classes than {dataset.source}: boxes are evaluated on the segments")
         return None
     check_ground_truth(content, ann_file, num_classes_of(content, ann_file))

@@ -105,7 +105,7 @@ MODEL_OF = {
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
                 "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop",
-                "shots", "save_every")
+                "shots", "save_every", "pretrain_max_size")
 OF_EMBEDDINGS = ("obj_embedding_head", "object_embedding_coef", "load_embedding")  # that need --object_embedding_loss
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 # Flags of which one at most can decide what is trained on, and flags that mean nothing without another.

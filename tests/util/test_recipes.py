@@ -287,7 +287,8 @@ def test_a_machine_without_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries",
-                                  "num_patches", "hidden_dim", "nheads", "dec_layers", "patch_size"])
+                                  "num_patches", "hidden_dim", "nheads", "dec_layers", "patch_size",
+                                  "pretrain_max_size"])
 def test_counts_must_be_positive(flag):
     for value in (0, -3):
         with pytest.raises(InputError, match=f"^--{flag} {value} must be at least 1$"):
