@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from datasets import transforms as T
 from datasets.image_io import IMAGE_EXTENSIONS, UnreadableImage, read_image
-from datasets.patches import PatchAugmentation, augment_patches, cut_patches, normalize_patches
+from datasets.patches import PatchAugmentation, augment_patches, cut_patches
 from util.box_ops import box_xyxy_to_cxcywh
 from util.distributed import all_gather
 from util.errors import InputError
@@ -420,8 +420,8 @@ class PretextDataset(Dataset):
             target["patches"] = T.normalize_image(patches)
             return T.normalize_image(view.image), target
         if self.training:
-            patches = augment_patches(patches, self.augmentation.draw(len(patches), rng))
-            return T.normalize_image(view.image), normalize_patches(patches), target
+            patches = augment_patches(patches, self.augmentation.draw(len(patches), rng), normalize=True)
+            return T.normalize_image(view.image), patches, target
         opposite = ((index + count // 2 + step) % count for step in range(count))
         _, other, _ = self._first_usable(candidate for candidate in opposite if candidate != shown)
         target["control_patches"] = T.normalize_image(self._cut(other))
