@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import transforms as T
-from datasets.image_io import IMAGE_EXTENSIONS, UnreadableImage, read_image
+from datasets.image_io import IMAGE_EXTENSIONS, UnreadableImage, read_image, read_sizes
 from datasets.patches import PatchAugmentation, augment_patches, cut_patches
 from util.box_ops import box_xyxy_to_cxcywh
 from util.distributed import all_gather
@@ -255,6 +255,10 @@ class PatchPretext:
         boxes = self.propose(image, rng)
         return None if boxes is None else View(image, orig_size, boxes)
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the (height, width) that images of a size are shown at, where there is but one short side."""
+        return T.resized_size(height, width, self.sizes[0], self.max_size)
+
 
 def check_sizes(sizes: Sequence[int]) -> None:
     """Raises InputError if a short side is so small that nothing can be found."""
@@ -394,6 +398,14 @@ class PretextDataset(Dataset):
         if unreadable:
             self._refuse_too_many(f"among them {self.root / unreadable[0]}")
         return unreadable
+
+    def shown_sizes(self) -> Tensor | None:
+        """Returns the (height, width) of each sample of an evaluation, int64 [len(self), 2], as the files' headers tell;
+        None where they are random or not known. A sample whose file can't be used shows another image."""
+        if self.training or not hasattr(self.pretext, "output_size"):
+            return None
+        sizes = read_sizes(self.root / path for path in self.files).tolist()
+        return torch.tensor([self.pretext.output_size(*size) for size in sizes])
 
     def __len__(self) -> int:
         return len(self.files)
