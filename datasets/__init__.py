@@ -62,14 +62,14 @@ def objects_per_image(dataset: Dataset) -> torch.Tensor | None:
 
 
 def shown_sizes(dataset: Dataset) -> torch.Tensor | None:
-    """Returns the (height, width) at which each sample shows its image, int64 [len(dataset), 2], also for a `Subset`; None
-    if they are random or not known."""
+    """Returns the (height, width) at which each sample shows its image, int64 [len(dataset), 2], also for a `Subset`;
+    None if they are random or not known."""
     return _of_samples(dataset, "shown_sizes")
 
 
 def file_sizes(dataset: Dataset) -> torch.Tensor | None:
-    """Returns the (height, width) of each sample's image file, int64 [len(dataset), 2], also for a `Subset`; None for
-    unlabelled images."""
+    """Returns the (height, width) of each sample's image file, int64 [len(dataset), 2], also for a `Subset`; None
+    for unlabelled images."""
     return _of_samples(dataset, "file_sizes")
 
 

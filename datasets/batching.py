@@ -15,7 +15,7 @@ _SQUARE = (0.9, 1.1)
 
 
 def equal_size_batches(sizes: Tensor | None, count: int, batch_size: int) -> list[list[int]]:
-    """Makes batches of images of equal size, which need no padding: an image then gives the same alone and in any batch.
+    """Makes batches of images of equal size, which need no padding: an image gives the same alone and in any batch.
 
     Args:
         sizes: (height, width) of each image, int64 [count, 2]; None, if they aren't known, makes batches of one image.

@@ -223,8 +223,8 @@ class DetectionDataset(Dataset):
         return torch.tensor(self._starts[:len(self.ids) + 1]).diff()
 
     def file_sizes(self) -> Tensor:
-        """Returns the (height, width) of each sample's image file, int64 [len(self), 2]: as annotated, or, where any image
-        has no annotated size, as the files say."""
+        """Returns the (height, width) of each sample's image file, int64 [len(self), 2]: as annotated, or, where
+        any image has no annotated size, as the files say."""
         entries = [self.coco.imgs[image_id] for image_id in self.ids]
         if all({"height", "width"} <= set(entry) for entry in entries):
             return torch.tensor([(entry["height"], entry["width"]) for entry in entries], dtype=torch.int64).view(-1, 2)

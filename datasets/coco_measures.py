@@ -79,7 +79,8 @@ class CocoMeasures(COCOeval):
         ranges = np.asarray(params.areaRng, dtype=np.float64)
         outside = lambda areas: (areas < ranges[:, :1]) | (areas > ranges[:, 1:])
         self._ignored_objects = objects.ignore | outside(objects.areas)                            # [A, objects]
-        self._matched = np.zeros((len(ranges), len(params.iouThrs), len(self._groups)), dtype=bool)  # [A, T, detections]
+        shape = (len(ranges), len(params.iouThrs), len(self._groups))                              # A, T, detections
+        self._matched = np.zeros(shape, dtype=bool)
         self._ignored = np.zeros_like(self._matched)
         for block in self._blocks():
             self._match(block, objects)
@@ -104,7 +105,8 @@ class CocoMeasures(COCOeval):
                     curves = _precision_curves(right, counted, wanted[a], np.asarray(params.recThrs))
                     recall[:, k, a, m], precision[:, :, k, a, m], reached = curves
                     scores[:, :, k, a, m] = np.append(self._found.scores[order], 0)[reached]
-        self.eval = {"params": params, "counts": list(shape), "precision": precision, "recall": recall, "scores": scores}
+        self.eval = {"params": params, "counts": list(shape), "precision": precision, "recall": recall,
+                     "scores": scores}
 
     def _objects(self) -> Shapes:
         """Lays out the ground truth of the images that are evaluated."""
@@ -116,8 +118,8 @@ class CocoMeasures(COCOeval):
         else:
             outlines = np.empty(len(annotations), dtype=object)
             outlines[:] = [self.cocoGt.annToRLE(ann) for ann in annotations]
-        return Shapes(column("image_id", np.int64), column("category_id", np.int64), column("area", np.float64), outlines,
-                      crowd=crowd, ignore=crowd | column("difficult", bool))
+        return Shapes(column("image_id", np.int64), column("category_id", np.int64), column("area", np.float64),
+                      outlines, crowd=crowd, ignore=crowd | column("difficult", bool))
 
     def _grouped(self, shapes: Shapes) -> tuple[Shapes, np.ndarray]:
         """Keeps what is of known images and classes; sorts by class, then image, then score.

@@ -400,8 +400,8 @@ class PretextDataset(Dataset):
         return unreadable
 
     def shown_sizes(self) -> Tensor | None:
-        """Returns the (height, width) of each sample of an evaluation, int64 [len(self), 2], as the files' headers tell;
-        None where they are random or not known. A sample whose file can't be used shows another image."""
+        """Returns the (height, width) of each sample of an evaluation, int64 [len(self), 2], as the files' headers
+        tell; None where they are random or not known. A sample whose file can't be used shows another image."""
         if self.training or not hasattr(self.pretext, "output_size"):
             return None
         sizes = read_sizes(self.root / path for path in self.files).tolist()
