@@ -68,8 +68,6 @@ class CocoMeasures(COCOeval):
         params = self.params
         params.imgIds, params.catIds = np.unique(params.imgIds).tolist(), np.unique(params.catIds).tolist()
         params.maxDets = sorted(params.maxDets)
-        if not params.useCats:
-            raise ValueError("evaluation without regard to classes (params.useCats = 0) is not supported")
         objects, object_groups = self._grouped(self._objects())
         found, groups = self._grouped(self.detections)
         rank = np.arange(len(groups)) - np.searchsorted(groups, groups)  # detections of a group, the best first
@@ -89,7 +87,8 @@ class CocoMeasures(COCOeval):
     def accumulate(self, p: object = None) -> None:
         """Makes `eval`: precision at each recall, for thresholds, classes, size ranges and numbers of detections."""
         params = self.params
-        shape = (len(params.iouThrs), len(params.recThrs), len(params.catIds), len(params.areaRng), len(params.maxDets))
+        classes = len(params.catIds) if params.useCats else 1
+        shape = (len(params.iouThrs), len(params.recThrs), classes, len(params.areaRng), len(params.maxDets))
         precision, scores = -np.ones(shape), -np.ones(shape)
         recall = -np.ones((shape[0], *shape[2:]))
         for k in range(shape[2]):
@@ -125,12 +124,16 @@ class CocoMeasures(COCOeval):
         """Keeps what is of known images and classes; sorts by class, then image, then score.
 
         Returns:
-            The shapes, and their groups: place of the class × number of images + place of the image, int64 [n].
+            The shapes, and their groups: place of the class (0 with `useCats` off) × number of images + place of the
+            image, int64 [n].
         """
         images, labels = np.asarray(self.params.imgIds, np.int64), np.asarray(self.params.catIds, np.int64)
         shapes = shapes[np.isin(shapes.image_ids, images) & np.isin(shapes.labels, labels)]
-        groups = np.searchsorted(labels, shapes.labels) * len(images) + np.searchsorted(images, shapes.image_ids)
-        order = np.lexsort([groups] if shapes.scores is None else [-shapes.scores, groups])
+        groups = np.searchsorted(images, shapes.image_ids)
+        if self.params.useCats:
+            groups += np.searchsorted(labels, shapes.labels) * len(images)
+        keys = [shapes.labels, groups] if shapes.scores is None else [shapes.labels, -shapes.scores, groups]
+        order = np.lexsort(keys)
         return shapes[order], groups[order]
 
     def _blocks(self) -> Iterator[np.ndarray]:

@@ -148,6 +148,12 @@ def test_ties_crowds_difficult_objects_and_more_than_a_hundred_detections(seed):
     np.testing.assert_array_equal(ours.stats, theirs.stats)
     for name in ("precision", "recall", "scores"):
         np.testing.assert_array_equal(ours.eval[name], theirs.eval[name])
+    for evaluation in (ours, theirs):   # without regard to classes
+        evaluation.params.useCats = 0
+        evaluation.evaluate()
+        evaluation.accumulate()
+    for name in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(ours.eval[name], theirs.eval[name])
 
 
 def test_both_iou_types_at_once():
