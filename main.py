@@ -9,12 +9,15 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
-from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, objects_per_image
+from datasets import (build_dataset, file_sizes, get_coco_api_from_dataset, num_classes_and_names, objects_per_image,
+                      shown_sizes)
+from datasets.batching import aspect_groups, equal_size_batches
 from datasets.coco_panoptic import is_thing_map
 from datasets.pretext import PretextDataset
 from datasets.regions import STRATEGIES
+from datasets.sampling import TrainBatches
 from engine import evaluate, evaluate_patches, train_one_epoch
 from models import build_model
 from models.acceleration import compile_parts, set_precision
@@ -179,6 +182,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--crop_size", type=int, nargs=2, help="smallest and largest side of that crop (384 600)")
     group.add_argument("--val_size", type=int, help="short side in evaluation (800)")
     group.add_argument("--max_size", type=int, help="largest long side (1333)")
+    group.add_argument("--group_by_aspect", action="store_true", default=None,
+                       help="train on batches of portraits, of square images or of landscapes alone: less is padded")
     group.add_argument("--num_workers", type=int, help="loading processes (2; pre-training: 16; at most one per CPU)")
 
     group = parser.add_argument_group("run")
@@ -221,24 +226,27 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
 
 def build_train_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
     """Shuffled batches of equal size, shared out among processes; an incomplete last batch is left out."""
-    sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=args.seed)
-    if len(sampler) < args.batch_size:
-        raise InputError(f"--batch_size {args.batch_size} is more than the {len(sampler)} training images of each process")
-    return _loader(dataset, BatchSampler(sampler, args.batch_size, drop_last=True), args)
+    groups = aspect_groups(file_sizes(dataset)) if args.group_by_aspect else None
+    batches = TrainBatches(len(dataset), args.batch_size, args.seed, get_rank(), get_world_size(), groups)
+    if not len(batches):
+        raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset) // get_world_size()} training images "
+                         "of each process")
+    return _loader(dataset, batches, args)
 
 
 def build_val_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
-    """Every image once, in order. Whole batches go to the processes in turn, so that what is padded together, and with it
-    every result, doesn't depend on the number of processes."""
-    order = list(range(len(dataset)))
-    batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    """Every image once, with others of its size only: nothing is padded, and no result depends on `--batch_size` or on the
+    number of processes, to which the batches go in turn."""
+    batches = equal_size_batches(shown_sizes(dataset), len(dataset), args.batch_size)
     return _loader(dataset, batches[get_rank()::get_world_size()], args)
 
 
 def _loader(dataset: Any, batches: Any, args: argparse.Namespace) -> DataLoader:
     # Its own generator: the loader then takes nothing from the one that dropout uses.
+    # Workers live on between epochs; the data sets keep their epoch where these see it.
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=args.num_workers,
-                      pin_memory=torch.device(args.device).type == "cuda", generator=torch.Generator().manual_seed(args.seed))
+                      persistent_workers=args.num_workers > 0, pin_memory=torch.device(args.device).type == "cuda",
+                      generator=torch.Generator().manual_seed(args.seed))
 
 
 class Evaluation:
@@ -287,7 +295,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
         open_log(args.output_dir, state.epoch)
     start = time.perf_counter()
     for epoch in range(state.epoch, args.epochs):
-        loader.batch_sampler.sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
         dataset.set_epoch(epoch)
         train_stats = train_one_epoch(model, criterion, loader, state.optimizer, torch.device(args.device), epoch,
                                       args.clip_max_norm, accumulate_steps=args.accumulate_steps,

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from datasets import transforms as T
 from datasets.checks import (Problem, class_names, draw_segmentation, ground_truth_problems, is_count, raise_first,
                              read_labelled_image)
+from datasets.image_io import read_sizes
 from datasets.subsets import restriction
 from util.distributed import print_main
 from util.errors import InputError
@@ -233,6 +234,20 @@ class DetectionDataset(Dataset):
     def objects_per_image(self) -> Tensor:
         """Returns how many annotations each sample's target is made from, int64 [len(self)]."""
         return torch.tensor(self._starts[:len(self.ids) + 1]).diff()
+
+    def file_sizes(self) -> Tensor:
+        """Returns the (height, width) of each sample's image file, int64 [len(self), 2]: as annotated, or, where
+        any image has no annotated size, as the files say."""
+        entries = [self.coco.imgs[image_id] for image_id in self.ids]
+        if all({"height", "width"} <= set(entry) for entry in entries):
+            return torch.tensor([(entry["height"], entry["width"]) for entry in entries], dtype=torch.int64).view(-1, 2)
+        return read_sizes(self.img_folder / entry["file_name"] for entry in entries)
+
+    def shown_sizes(self) -> Tensor | None:
+        """Returns the (height, width) of each sample, int64 [len(self), 2]; None where that is random or not known."""
+        size_of = getattr(self.transforms, "output_size", lambda height, width: None)
+        sizes = [size_of(*size) for size in self.file_sizes().tolist()]
+        return None if None in sizes else torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
 
     def __len__(self) -> int:
         return len(self.ids)

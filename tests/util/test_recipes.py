@@ -342,7 +342,7 @@ def test_the_start_of_the_log_names_every_value():
 
 # Flags of ours that no original has. A new flag is a decision: it enters this list with it.
 OWN = {"--accumulate_steps", "--amp", "--tf32", "--compile", "--no_fuse", "--backbone_last_layer", "--num_classes",
-       "--match_within_group", "--load_embedding", "--position_from_centre", "--patch_size",
+       "--match_within_group", "--group_by_aspect", "--load_embedding", "--position_from_centre", "--patch_size",
        "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
        "--crop_size", "--val_size", "--max_size", "--mask_softmax", "--local_rank", "--local-rank",
