@@ -127,7 +127,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
             panoptic maps to `panoptic_eval/`.
 
     Returns:
-        averages by name and the evaluator of boxes and masks. The averages hold the twelve COCO numbers of boxes as
+        averages over the images by name, and the evaluator of boxes and masks. The averages hold the twelve COCO numbers of boxes as
         `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`, `PQ_th`
         and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
     """
@@ -141,7 +141,8 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         inputs, targets = to_device(batch, device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             outputs = model(*inputs)
-        _log(logger, criterion(outputs, targets), criterion.weight_dict)
+        for index, target in enumerate(targets):  # one by one: averages then don't depend on the batches
+            _log(logger, criterion(_of_image(outputs, index), [target]), criterion.weight_dict)
         original_sizes = torch.stack([target["orig_size"] for target in targets])
         detections = postprocessors["bbox"](outputs, original_sizes)
         sizes = torch.stack([target["size"] for target in targets])
@@ -170,6 +171,15 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         save_checkpoint({name: torch.from_numpy(tables[name]) for name in ("precision", "recall", "scores")},
                         os.path.join(output_dir, "eval", "latest.pth"))
     return stats, evaluator
+
+
+def _of_image(outputs: Any, index: int) -> Any:
+    """Of a model's outputs those for one image of the batch."""
+    if isinstance(outputs, dict):
+        return {name: _of_image(value, index) for name, value in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        return [_of_image(value, index) for value in outputs]
+    return outputs[index:index + 1]
 
 
 def panoptic_evaluator(dataset: Dataset, output_dir: Optional[str]) -> PanopticEvaluator:

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import functools
 import inspect
-import resource
 import secrets
 import time
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
@@ -13,12 +12,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, objects_per_image
+from datasets import (build_dataset, file_sizes, get_coco_api_from_dataset, num_classes_and_names, objects_per_image,
+                      shown_sizes)
+from datasets.batching import aspect_groups, equal_size_batches
 from datasets.coco_panoptic import is_thing_map
 from datasets.regions import STRATEGIES
 from datasets.sampling import TrainBatches
 from engine import evaluate, evaluate_patches, train_one_epoch
 from models import build_model
+from models.acceleration import compile_parts, set_precision
 from models.detreg import HEADS
 from util import recipes
 from util.checkpoint import (counts_from_centre, load_checkpoint, load_model_strictly, load_pretrained, model_state,
@@ -26,6 +28,7 @@ from util.checkpoint import (counts_from_centre, load_checkpoint, load_model_str
 from util.distributed import (all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, print_main,
                               shutdown)
 from util.errors import InputError, run_program
+from util.host_memory import keep_freed_memory, largest_memory_mb
 from util.keeper import Keeper
 from util.misc import collate_fn
 from util.progress import Progress
@@ -64,6 +67,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient norm to clip to; 0 for no clipping")
     group.add_argument("--accumulate_steps", default=1, type=int, help="batches per optimizer step")
     group.add_argument("--amp", choices=sorted(AMP_TYPES), help="mixed precision; matching and losses stay in float32")
+    group.add_argument("--tf32", action="store_true", help="on a GPU, compute float32 products in TF32")
+    group.add_argument("--compile", action="store_true", help="compile the transformer, and on a GPU the backbone")
+    group.add_argument("--no_fuse", action="store_true", help="run convolution, frozen batch norm and ReLU one by one")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(recipes.MODELS), help="detr (DETReg pre-training: deformable_detr)")
@@ -114,7 +120,6 @@ def get_args_parser() -> argparse.ArgumentParser:
                             "often (topk)")
     group.add_argument("--max_prop", type=int, help="most regions to find in an image (30)")
     group.add_argument("--cache_path", help="--imagenet_path's proposals by tools.cache_proposals (made on the spot)")
-
     group.add_argument("--object_embedding_loss", action="store_true", default=None,
                        help="also predict embeddings of what is in the regions")
     group.add_argument("--obj_embedding_head", choices=HEADS,
@@ -180,6 +185,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--crop_size", type=int, nargs=2, help="smallest and largest side of that crop (384 600)")
     group.add_argument("--val_size", type=int, help="short side in evaluation (800)")
     group.add_argument("--max_size", type=int, help="largest long side (1333)")
+    group.add_argument("--group_by_aspect", action="store_true", default=None,
+                       help="train on batches of portraits, of square images or of landscapes alone: less is padded")
     group.add_argument("--num_workers", type=int, help="loading processes (2; pre-training: 16; at most one per CPU)")
 
     group = parser.add_argument_group("run")
@@ -219,13 +226,14 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
             matching = [i for i, words in enumerate(keywords, 1) if any(word in name for word in words)]
             groups[matching[0] if matching else 0]["params"].append(parameter)
     if args.sgd:
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def build_train_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
     """Shuffled batches of equal size, shared out among processes; an incomplete last batch is left out."""
-    batches = TrainBatches(len(dataset), args.batch_size, args.seed, get_rank(), get_world_size())
+    groups = aspect_groups(file_sizes(dataset)) if args.group_by_aspect else None
+    batches = TrainBatches(len(dataset), args.batch_size, args.seed, get_rank(), get_world_size(), groups)
     if not len(batches):
         raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset) // get_world_size()} training images "
                          "of each process")
@@ -233,18 +241,18 @@ def build_train_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
 
 
 def build_val_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
-    """Every image once, in order. Whole batches go to the processes in turn, so that what is padded together, and with it
-    every result, doesn't depend on the number of processes."""
-    order = list(range(len(dataset)))
-    batches = [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    """Every image once, with others of its size only: nothing is padded, and no result depends on `--batch_size` or on the
+    number of processes, to which the batches go in turn."""
+    batches = equal_size_batches(shown_sizes(dataset), len(dataset), args.batch_size)
     return _loader(dataset, batches[get_rank()::get_world_size()], args)
 
 
 def _loader(dataset: Any, batches: Any, args: argparse.Namespace) -> DataLoader:
     # Its own generator: the loader then takes nothing from the one that dropout uses.
+    # Workers live on between epochs; the data sets keep their epoch where these see it.
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=args.num_workers,
-                      pin_memory=torch.device(args.device).type == "cuda", generator=torch.Generator().manual_seed(args.seed),
-                      worker_init_fn=shield_worker)
+                      persistent_workers=args.num_workers > 0, pin_memory=torch.device(args.device).type == "cuda",
+                      generator=torch.Generator().manual_seed(args.seed), worker_init_fn=shield_worker)
 
 
 class Evaluation:
@@ -334,13 +342,6 @@ def _unreadable(dataset: Any) -> Dict[str, int]:
         print_main(f"{len(unreadable)} unreadable images were replaced so far: {', '.join(unreadable[:5])}"
                    + (", …" if len(unreadable) > 5 else ""))
     return {"unreadable_images": len(unreadable)}
-
-
-def largest_memory_mb() -> float:
-    """Most memory this process has held: on the GPU if it used one, else in the host."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
 
 
 def read_start(args: argparse.Namespace) -> Dict[str, Any]:
@@ -436,6 +437,8 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
         print_main(f"overfit: training and evaluation see the first {args.overfit} training images, not augmented")
     device = torch.device(args.device)
 
+    set_precision(args)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     model, criterion, postprocessors = build_model(args, things)
     optimizer = build_optimizer(model, args)
@@ -444,6 +447,7 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
                           is_thing_map=things)
     torch.manual_seed(args.seed + get_rank())  # from here on processes draw their own dropout
     initial_weights(state, checkpoint, args)
+    compile_parts(model, args)
     del checkpoint  # a training would keep its memory to the end
 
     # DETReg's pre-training is not evaluated; it is judged by what comes of it.

@@ -2,7 +2,7 @@
 # Deformable DETR, ResNet-50-DC5, the deepest feature map alone (stride 16)
 # (Zhu et al., 2021, https://arxiv.org/abs/2010.04159): COCO train2017, 50 epochs, rates drop after 40.
 #
-# Expected: see the paper, table 1.
+# Expected: see the paper.
 #   We have not trained it to the end ourselves, so there is no hardware and time to state.
 # Run:      GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 8 ./configs/r50_deformable_detr_single_scale_dc5.sh --batch_size 4
 # Evaluate: ./configs/r50_deformable_detr_single_scale_dc5.sh --eval --resume FILE_OR_URL

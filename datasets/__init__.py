@@ -10,7 +10,8 @@ from torch.utils.data import Dataset, Subset
 from datasets import coco, coco_panoptic, pretext, regions, voc
 from util.errors import InputError
 
-__all__ = ["build_dataset", "get_coco_api_from_dataset", "num_classes_and_names", "objects_per_image"]
+__all__ = ["build_dataset", "file_sizes", "get_coco_api_from_dataset", "num_classes_and_names", "objects_per_image",
+           "shown_sizes"]
 
 # `--dataset_file` to the module that builds it.
 _DATASETS = {"coco": coco, "coco_panoptic": coco_panoptic, "voc": voc, "imagenet": pretext,
@@ -57,10 +58,26 @@ def get_coco_api_from_dataset(dataset: Dataset) -> COCO | None:
 
 def objects_per_image(dataset: Dataset) -> torch.Tensor | None:
     """Returns how many objects (or patches) each sample has, int64 [len(dataset)], also for a `Subset`; None if unknown."""
+    return _of_samples(dataset, "objects_per_image")
+
+
+def shown_sizes(dataset: Dataset) -> torch.Tensor | None:
+    """Returns the (height, width) at which each sample shows its image, int64 [len(dataset), 2], also for a `Subset`;
+    None if they are random or not known."""
+    return _of_samples(dataset, "shown_sizes")
+
+
+def file_sizes(dataset: Dataset) -> torch.Tensor | None:
+    """Returns the (height, width) of each sample's image file, int64 [len(dataset), 2], also for a `Subset`; None
+    for unlabelled images."""
+    return _of_samples(dataset, "file_sizes")
+
+
+def _of_samples(dataset: Dataset, method: str) -> torch.Tensor | None:
     if isinstance(dataset, Subset):
-        counts = objects_per_image(dataset.dataset)
-        return None if counts is None else counts[torch.as_tensor(dataset.indices)]
-    return dataset.objects_per_image() if hasattr(dataset, "objects_per_image") else None
+        values = _of_samples(dataset.dataset, method)
+        return None if values is None else values[torch.as_tensor(dataset.indices)]
+    return getattr(dataset, method)() if hasattr(dataset, method) else None
 
 
 def _module(args: argparse.Namespace):

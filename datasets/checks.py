@@ -16,10 +16,9 @@ from datasets.image_io import UnreadableImage, read_image
 from util.errors import InputError
 
 __all__ = [
-    "KINDS", "Fault", "Problem", "box_faults", "category_problems", "class_names", "decode_segmentation",
-    "draw_segmentation", "encode_segmentation",
-    "ground_truth_problems", "image_entry_problems", "is_box", "is_count", "leaves_folder", "mask_box_fault", "object_faults",
-    "place_faults", "raise_first", "read_labelled_image", "segmentation_rle",
+    "KINDS", "Fault", "Problem", "box_faults", "class_names", "decode_segmentation", "draw_segmentation",
+    "encode_segmentation", "ground_truth_problems", "header_problems", "image_entry_problems", "is_box", "is_count",
+    "leaves_folder", "mask_box_fault", "object_faults", "raise_first", "read_labelled_image", "segmentation_rle",
 ]
 
 # Every kind of problem, and what it means.
@@ -128,12 +127,10 @@ def ground_truth_problems(
         num_classes: category ids must be below this.
         need_masks: whether every annotation must have a segmentation.
     """
-    images, problems = image_entry_problems(ground_truth["images"], source)
+    images, categories, problems = header_problems(ground_truth, source)
     yield from problems
     if need_masks:
         yield from _unsized_images(ground_truth["images"], images, source)
-    yield from category_problems(ground_truth["categories"], source)
-    categories = {category["id"] for category in ground_truth["categories"]}
     seen: set[int] = set()
     for position, annotation in enumerate(ground_truth["annotations"]):
         if not isinstance(annotation, dict) or not is_count(annotation.get("id")):
@@ -154,6 +151,18 @@ def ground_truth_problems(
             yield Problem.of(fault, where, annotation=position)
         if need_masks and not isinstance(annotation.get("segmentation"), (list, dict)):
             yield Problem("segmentation", where, "has no segmentation, which --masks needs", annotation=position)
+
+
+def header_problems(content: dict, source: str | os.PathLike) -> tuple[dict[int, dict], set[int], list[Problem]]:
+    """Returns the usable image entries by id, the category ids, and what is wrong with images and categories.
+
+    Args:
+        content: a COCO or panoptic dict.
+        source: file it comes from, for the sentences.
+    """
+    images, problems = image_entry_problems(content["images"], source)
+    problems += _category_problems(content["categories"], source)
+    return images, {category["id"] for category in content["categories"]}, problems
 
 
 def image_entry_problems(images: list, source: str | os.PathLike) -> tuple[dict[int, dict], list[Problem]]:
@@ -203,7 +212,7 @@ def _unsized_images(entries: list, images: dict[int, dict], source: str | os.Pat
                           "has no width and height, which --masks needs", image=position)
 
 
-def category_problems(categories: list[dict], source: str | os.PathLike) -> Iterator[Problem]:
+def _category_problems(categories: list[dict], source: str | os.PathLike) -> Iterator[Problem]:
     """Finds categories whose id or name another one has."""
     for field in ("id", "name"):
         counts = Counter(str(category.get(field, category["id"])) for category in categories)
@@ -246,12 +255,12 @@ def box_faults(box: object, width: float | None, height: float | None) -> Iterat
     elif box[2] == 0 or box[3] == 0:
         yield Fault("box_empty", f"has the box {box} without area", fatal=False)
     elif width is not None and height is not None:
-        yield from place_faults(box, width, height)
+        yield from _place_faults(box, width, height)
     elif box[0] + box[2] <= 0 or box[1] + box[3] <= 0:
         yield Fault("box_outside", f"has the box {box} outside its image", fatal=False)
 
 
-def place_faults(box: list[float], width: float, height: float) -> Iterator[Fault]:
+def _place_faults(box: list[float], width: float, height: float) -> Iterator[Fault]:
     """Finds whether a box of positive sides lies outside its image or reaches over its edge (see `box_faults`)."""
     x, y, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
     if x >= width or y >= height or right <= 0 or bottom <= 0:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from datasets import transforms as T
 from datasets.checks import (Problem, class_names, draw_segmentation, encode_segmentation, ground_truth_problems, is_count,
                              raise_first, read_labelled_image)
-from datasets.image_io import UnreadableImage
+from datasets.image_io import UnreadableImage, read_sizes
 from datasets.packed import pack_records
 from datasets.subsets import restriction
 from datasets.usable_images import UsableImages
@@ -27,8 +27,8 @@ from util.distributed import print_main
 from util.errors import InputError
 
 __all__ = [
-    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "fill_in", "forget_files",
-    "image_folder", "index_ground_truth", "index_instances", "locate", "make_coco_transforms", "num_classes_and_names",
+    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "forget_files", "image_folder",
+    "index_ground_truth", "index_instances", "locate", "make_coco_transforms", "num_classes_and_names",
     "num_classes_of", "paths", "read_ground_truth", "report_left_out", "training_augmentation", "training_categories",
     "transform_sizes",
 ]
@@ -37,6 +37,8 @@ TRAIN_SIZES = tuple(range(480, 801, 32))
 _SIZE_FLAGS = ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")
 _CROP_RESIZES = (400, 500, 600)
 _CROP_SIZES = (384, 600)
+# Tells where the annotations of "train" or "val" lie by the flags; None if no flag says.
+AnnFileOf = Callable[[str, argparse.Namespace], Path | None]
 
 
 def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "CocoDetection":
@@ -64,8 +66,12 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     return dataset
 
 
-def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
+def num_classes_and_names(args: argparse.Namespace, ann_file_of: AnnFileOf | None = None) -> tuple[int, dict[int, str]]:
     """Reads how many classes a model for `args` needs, from the training annotations.
+
+    Args:
+        args: parsed flags.
+        ann_file_of: see `training_categories`; None for this module's.
 
     Returns:
         `args.num_classes`, or the highest category id + 1; and the class name of each category id.
@@ -73,18 +79,16 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
     Raises:
         InputError: the annotations are missing or broken.
     """
-    ann_file, categories = training_categories(args, _ann_file)
+    ann_file, categories = training_categories(args, ann_file_of or _ann_file)
     return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
 
 
-def training_categories(
-    args: argparse.Namespace, ann_file_of: Callable[[str, argparse.Namespace], Path | None]
-) -> tuple[Path, dict]:
+def training_categories(args: argparse.Namespace, ann_file_of: AnnFileOf) -> tuple[Path, dict]:
     """Reads the categories that a model for `args` is trained on.
 
     Args:
         args: parsed flags.
-        ann_file_of: tells the annotation file of "train" or "val" and `args`, None where no flag says.
+        ann_file_of: tells the annotation files.
 
     Returns:
         The training annotations, or the validation ones in an evaluation that has no others; and a dict with their
@@ -100,9 +104,8 @@ def training_categories(
     if ann_file is None:
         flag = "train_annotations" if of_training else "val_annotations"
         raise InputError(f"--coco_path is needed, the folder that holds annotations/, or --{flag}")
-    categories = _read_categories(*_version(ann_file))
-    if args.eval and of_training:
-        forget_files()
+    # An evaluation has no further use for gigabytes of training annotations.
+    categories = _read_categories(*_version(ann_file), keep=not (args.eval and of_training))
     return ann_file, {"categories": list(categories)}
 
 
@@ -137,8 +140,7 @@ def make_coco_transforms(
         ValueError: `image_set` is neither "train" nor "val".
         InputError: a size is less than 1, or `crop_size` is not two ascending numbers.
     """
-    if min([val_size, max_size, *(train_sizes or ()), *(crop_resize or ()), *(crop_size or ())]) < 1:
-        raise InputError("--train_sizes, --val_size, --max_size, --crop_resize and --crop_size must be at least 1")
+    _check_sizes(train_sizes=train_sizes, val_size=[val_size], max_size=[max_size])
     if image_set == "val":
         return T.Compose([T.RandomResize([val_size], max_size), T.Normalize()])
     if image_set != "train":
@@ -150,7 +152,12 @@ def make_coco_transforms(
 def training_augmentation(
     train_sizes: Sequence[int], max_size: int, crop_resize: list[int] | None, crop_size: list[int] | None
 ) -> T.Compose:
-    """DETR's augmentation in training up to the bytes of the image, arguments as in `make_coco_transforms`."""
+    """DETR's augmentation in training up to the bytes of the image, arguments as in `make_coco_transforms`.
+
+    Raises:
+        InputError: a size of the crop is less than 1, or `crop_size` is not two ascending numbers.
+    """
+    _check_sizes(crop_resize=crop_resize, crop_size=crop_size)
     if crop_size and not (len(crop_size) == 2 and crop_size[0] <= crop_size[1]):
         raise InputError(f"--crop_size {crop_size} is not a smallest and a largest side")
     scale = max(train_sizes) / max(TRAIN_SIZES)
@@ -162,6 +169,12 @@ def training_augmentation(
         resize,
     ])
     return T.Compose([T.RandomHorizontalFlip(), T.RandomSelect(resize, crop_and_resize)])
+
+
+def _check_sizes(**sizes: list[int] | None) -> None:
+    for name, values in sizes.items():
+        if values and min(values) < 1:
+            raise InputError(f"--{name} {min(values)} must be at least 1")
 
 
 class DetectionDataset(Dataset):
@@ -183,7 +196,7 @@ class DetectionDataset(Dataset):
         seed: seed of the run.
         remove_difficult: leave annotations marked `difficult` out of the targets.
         training: whether this is for training or for evaluation.
-        index: makes the `COCO` object of the ground truth.
+        coco: an empty `COCO` object to fill with the ground truth; None for an ordinary one.
 
     Attributes:
         coco: the ground truth as a pycocotools COCO object (in training made anew from packed records when asked for,
@@ -202,7 +215,7 @@ class DetectionDataset(Dataset):
         seed: int = 0,
         remove_difficult: bool = False,
         training: bool = False,
-        index: Callable[[dict], COCO] | None = None,
+        coco: COCO | None = None,
     ) -> None:
         self.img_folder = Path(img_folder)
         self.source = source
@@ -211,7 +224,7 @@ class DetectionDataset(Dataset):
         self.seed = seed
         self.remove_difficult = remove_difficult
         self.training = training
-        self._index = index or index_ground_truth
+        self._empty_coco = coco
         self._rest = {name: value for name, value in ground_truth.items() if name not in ("images", "annotations")}
         self._images = pack_records(ground_truth["images"])
         unused = () if return_masks or not training else ("segmentation",)  # most of a file's bytes
@@ -220,7 +233,7 @@ class DetectionDataset(Dataset):
         self.ids = sorted(image["id"] for image in ground_truth["images"])
         self._lay_out(ground_truth)
         if not training:
-            self.coco = self._index(ground_truth)
+            self.coco = index_ground_truth(ground_truth, coco)
         self._usable = UsableImages(len(self.ids), str(source), self._name)
         # In shared memory, so that workers which outlive an epoch see the new one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -228,7 +241,8 @@ class DetectionDataset(Dataset):
     @functools.cached_property
     def coco(self) -> COCO:
         """The ground truth."""
-        return self._index({**self._rest, "images": list(self._images), "annotations": list(self._annotations)})
+        content = {**self._rest, "images": list(self._images), "annotations": list(self._annotations)}
+        return index_ground_truth(content, self._empty_coco)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that the randomness of the samples depends on; call it before iterating."""
@@ -257,6 +271,20 @@ class DetectionDataset(Dataset):
             InputError: on all processes, when these are more than 1 % of the images (and more than one).
         """
         return self._usable.gather_unreadable()
+
+    def file_sizes(self) -> Tensor:
+        """Returns the (height, width) of each sample's image file, int64 [len(self), 2]: as annotated, or, where
+        any image has no annotated size, as the files say."""
+        entries = [self._entry(index) for index in range(len(self))]
+        if all({"height", "width"} <= set(entry) for entry in entries):
+            return torch.tensor([(entry["height"], entry["width"]) for entry in entries], dtype=torch.int64).view(-1, 2)
+        return read_sizes(self.img_folder / entry["file_name"] for entry in entries)
+
+    def shown_sizes(self) -> Tensor | None:
+        """Returns the (height, width) of each sample, int64 [len(self), 2]; None where that is random or not known."""
+        size_of = getattr(self.transforms, "output_size", lambda height, width: None)
+        sizes = [size_of(*size) for size in self.file_sizes().tolist()]
+        return None if None in sizes else torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -393,13 +421,13 @@ class CocoDetection(DetectionDataset):
         check_ground_truth(ground_truth, ann_file, num_classes, need_masks=return_masks)
         ground_truth = restrict(ground_truth) if restrict else ground_truth
         super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed, training=training,
-                         index=functools.partial(index_instances, source=ann_file))
+                         coco=_Instances(ann_file))
 
 
 def read_ground_truth(ann_file: str | os.PathLike) -> dict:
     """Reads an instances JSON and checks that it is one.
 
-    The latest two files are remembered, since their categories are wanted before their annotations are.
+    The latest three files are remembered, since their categories are wanted before their annotations are.
 
     Raises:
         InputError: the file is missing, not JSON, or lacks one of the lists of a COCO file.
@@ -421,11 +449,13 @@ def _version(path: Path) -> tuple[Path, int, int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read_categories(path: Path, modified: int, size: int) -> tuple[dict, ...]:
-    return tuple(_read_json(path, modified, size)["categories"])
+def _read_categories(path: Path, modified: int, size: int, keep: bool) -> tuple[dict, ...]:
+    """Reads the categories of a file; `keep` remembers everything else in it, too."""
+    read = _read_json if keep else _read_json.__wrapped__
+    return tuple(read(path, modified, size)["categories"])
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _read_json(path: Path, modified: int, size: int) -> dict:
     """Reads one version of a file; `modified` and `size` only tell versions apart."""
     try:
@@ -473,14 +503,9 @@ def check_ground_truth(
     """
     passed = raise_first(ground_truth_problems(ground_truth, source, num_classes, need_masks))
     for annotation in ground_truth["annotations"]:
-        fill_in(annotation)
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     report_left_out(passed)
-
-
-def fill_in(entry: dict) -> None:
-    """Gives an annotation or segment the `iscrowd` (0) and `area` (that of its box) that it lacks."""
-    entry.setdefault("iscrowd", 0)
-    entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
 
 
 def report_left_out(problems: list[Problem]) -> None:
@@ -495,7 +520,9 @@ def report_left_out(problems: list[Problem]) -> None:
 class _Instances(COCO):
     """Objects whose masks are checked before pycocotools sees them: it reads outside its memory where they are damaged."""
 
-    source: str | os.PathLike
+    def __init__(self, source: str | os.PathLike) -> None:
+        super().__init__()
+        self.source = source
 
     def annToRLE(self, ann: dict) -> dict:
         """Run lengths of an object's mask, as pycocotools' evaluation wants them."""
@@ -508,9 +535,7 @@ class _Instances(COCO):
 
 def index_instances(ground_truth: dict, source: str | os.PathLike) -> COCO:
     """Makes the pycocotools object of a checked COCO dict that comes from the file `source`."""
-    coco = _Instances()
-    coco.source = source
-    return index_ground_truth(ground_truth, coco)
+    return index_ground_truth(ground_truth, _Instances(source))
 
 
 def index_ground_truth(ground_truth: dict, coco: COCO | None = None) -> COCO:

@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from datasets.coco import class_names, index_ground_truth
+from datasets.coco import class_names
+from datasets.coco_measures import CocoMeasures, Shapes
 from util.distributed import all_gather, is_main_process, print_main
 
 __all__ = ["CocoEvaluator"]
@@ -21,7 +20,7 @@ IOU_TYPES = ("bbox", "segm")
 
 
 class CocoEvaluator:
-    """Collects detections, brings those of all processes together and evaluates them once with pycocotools.
+    """Collects detections, brings those of all processes together and evaluates them once.
 
     Only images that were given to `update` count. Objects of the ground truth with `difficult: 1` (Pascal VOC) are
     ignored: finding them is neither right nor wrong.
@@ -31,7 +30,8 @@ class CocoEvaluator:
         iou_types: any of "bbox" and "segm".
 
     Attributes:
-        coco_eval: by IoU type, pycocotools' object; its `stats` are there after `summarize`.
+        coco_eval: by IoU type, `datasets.coco_measures.CocoMeasures`, a pycocotools `COCOeval`; its `stats` are there
+            after `summarize`.
 
     Raises:
         ValueError: an IoU type is unknown.
@@ -43,8 +43,8 @@ class CocoEvaluator:
                 raise ValueError(f"unknown IoU type {iou_type!r}, expected one of {', '.join(IOU_TYPES)}")
         self.coco_gt = coco_gt
         self.iou_types = list(iou_types)
-        self.coco_eval = {iou_type: _Evaluation(coco_gt, iouType=iou_type) for iou_type in iou_types}
-        self._detections: dict[int, dict[str, list]] = {}
+        self.coco_eval = {iou_type: CocoMeasures(coco_gt, iou_type) for iou_type in iou_types}
+        self._detections: dict[int, dict[str, np.ndarray]] = {}
 
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
         """Adds detections; those of an image that already has some are passed over.
@@ -65,7 +65,7 @@ class CocoEvaluator:
 
     def synchronize_between_processes(self) -> None:
         """Brings the detections of all processes together on each of them; every process must call this."""
-        merged: dict[int, dict[str, list]] = {}
+        merged: dict[int, dict[str, np.ndarray]] = {}
         for detections in all_gather(self._detections):
             for image_id, found in detections.items():
                 merged.setdefault(image_id, found)
@@ -75,11 +75,10 @@ class CocoEvaluator:
         """Matches the detections with the ground truth, and computes precision and recall at every threshold."""
         image_ids = sorted(self._detections)
         for iou_type, evaluation in self.coco_eval.items():
-            evaluation.cocoDt = self._as_coco(iou_type)
+            evaluation.detections = self._lay_out(iou_type)
             evaluation.params.imgIds = image_ids
-            with contextlib.redirect_stdout(io.StringIO()):
-                evaluation.evaluate()
-                evaluation.accumulate()
+            evaluation.evaluate()
+            evaluation.accumulate()
 
     def summarize(self) -> None:
         """Computes the 12 numbers (`coco_eval[iou_type].stats`) on every process, and prints them on the main one."""
@@ -99,48 +98,30 @@ class CocoEvaluator:
             for position, category in enumerate(evaluation.params.catIds)
         }
 
-    def _pack(self, found: dict[str, Tensor]) -> dict[str, list]:
-        """Turns the detections of one image into plain numbers, as small as they can travel between processes."""
-        packed = {"category_id": found["labels"].tolist(), "score": found["scores"].double().tolist()}
+    def _pack(self, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Turns the detections of one image into arrays, as small as they can travel between processes."""
+        packed = {"labels": found["labels"].cpu().numpy(), "scores": found["scores"].double().cpu().numpy()}
         if "bbox" in self.iou_types:
-            boxes = found["boxes"].double().cpu().clone()
-            boxes[:, 2:] -= boxes[:, :2]
-            packed["bbox"] = boxes.tolist()
+            packed["bbox"] = found["boxes"].double().cpu().numpy().copy()
+            packed["bbox"][:, 2:] -= packed["bbox"][:, :2]
         if "segm" in self.iou_types:
             masks = (found["masks"] > 0.5).cpu().flatten(0, -3).numpy().astype(np.uint8).transpose(1, 2, 0)
-            packed["segmentation"] = mask_codec.encode(np.asfortranarray(masks))
+            packed["segm"] = np.empty(masks.shape[2], dtype=object)
+            packed["segm"][:] = mask_codec.encode(np.asfortranarray(masks))
         return packed
 
-    def _as_coco(self, iou_type: str) -> COCO:
-        """Makes the pycocotools object of the detections, as `COCO.loadRes` would (which fails when there are none)."""
-        field = "bbox" if iou_type == "bbox" else "segmentation"
-        annotations: list[dict] = []
-        for image_id, found in sorted(self._detections.items()):
-            for category, score, shape in zip(found["category_id"], found["score"], found[field]):
-                area = shape[2] * shape[3] if iou_type == "bbox" else float(mask_codec.area(shape))
-                annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category,
-                                    "score": score, field: shape, "area": area, "iscrowd": 0})
-        return index_ground_truth({**self.coco_gt.dataset, "annotations": annotations})
-
-
-class _Evaluation(COCOeval):
-    """pycocotools' evaluation that ignores difficult objects and leaves the ground truth as it was."""
-
-    def _prepare(self) -> None:
-        ground_truth = self.cocoGt
-        self.cocoGt = copy.copy(ground_truth)
-        self.cocoGt.anns = {key: dict(annotation) for key, annotation in ground_truth.anns.items()}
-        super()._prepare()
-        self.cocoGt = ground_truth
-        # pycocotools takes a match with annotation id 0 for no match: these private copies are counted from 1.
-        for number, annotation in enumerate(_flatten(self._gts.values()), start=1):
-            annotation["id"] = number
-            # super() has just set `ignore` to `iscrowd`; unlike a crowd, a difficult object keeps the usual IoU.
-            annotation["ignore"] = annotation["ignore"] or annotation.get("difficult", 0)
-
-
-def _flatten(groups: Iterable[list[dict]]) -> Iterable[dict]:
-    return (item for group in groups for item in group)
+    def _lay_out(self, iou_type: str) -> Shapes:
+        """Lays the detections of all images out in order of the images' ids."""
+        found = sorted(self._detections.items())
+        columns = {name: np.concatenate([empty, *(packed[name] for _, packed in found)]) for name, empty in (
+            ("labels", np.empty(0, np.int64)), ("scores", np.empty(0)),
+            (iou_type, np.empty((0, 4)) if iou_type == "bbox" else np.empty(0, object)))}
+        outlines = columns[iou_type]
+        areas = (outlines[:, 2] * outlines[:, 3] if iou_type == "bbox"
+                 else np.array([mask_codec.area(mask) for mask in outlines], dtype=np.float64))
+        image_ids = np.repeat(np.array([image_id for image_id, _ in found], dtype=np.int64),
+                              [len(packed["labels"]) for _, packed in found])
+        return Shapes(image_ids, columns["labels"], areas, outlines, columns["scores"])
 
 
 def _mean(precision: np.ndarray) -> float:

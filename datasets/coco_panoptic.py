@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,11 @@ from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datasets.checks import raise_first
-from datasets.coco import (DetectionDataset, check_ground_truth, class_names, forget_files, image_folder,
-                           index_ground_truth, index_instances, locate, make_coco_transforms, num_classes_of,
-                           read_ground_truth, report_left_out, training_categories, transform_sizes)
+from datasets import coco
+from datasets.checks import image_entry_problems, raise_first
+from datasets.coco import (DetectionDataset, check_ground_truth, class_names, forget_files, image_folder, index_instances,
+                           locate, make_coco_transforms, num_classes_of, read_ground_truth, report_left_out,
+                           training_categories, transform_sizes)
 from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
 from util.distributed import print_main
 from util.errors import InputError
@@ -57,16 +57,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
-    """Reads how many classes a model for `args` needs, things and stuff, from the training annotations.
-
-    Returns:
-        `args.num_classes`, or the highest category id + 1; and the class name of each category id.
-
-    Raises:
-        InputError: the annotations are missing or broken.
-    """
-    ann_file, categories = training_categories(args, _ann_file)
-    return num_classes_of(categories, ann_file, args.num_classes), class_names(categories)
+    """`datasets.coco.num_classes_and_names`, of things and stuff."""
+    return coco.num_classes_and_names(args, _ann_file)
 
 
 def is_thing_map(args: argparse.Namespace) -> dict[int, bool]:
@@ -128,22 +120,19 @@ class CocoPanoptic(DetectionDataset):
         report_left_out(passed)
         self.coco_panoptic_json, self.coco_panoptic_folder = Path(ann_file), Path(ann_folder)
         self.instances: COCO | None = None
-        truth = partial(_index_segments, ann_folder=Path(ann_folder), source=ann_file)
         super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
-                         training=training, index=truth)
+                         training=training, coco=_Segments(Path(ann_folder), ann_file))
 
     def _masks(self, index: int, height: int, width: int) -> Tensor:
         """Reads the masks of a sample's objects, bool [n, height, width]."""
-        image_id, path = self.ids[index], self.coco_panoptic_folder / self._entry(index)["segments_file"]
-        found, problem = read_segment_ids(path, (height, width), f"image id {image_id} of {self.source}")
-        if problem:
-            raise InputError(problem.sentence)
-        ids = torch.from_numpy(found)
+        image = self._entry(index)
+        ids = torch.from_numpy(_segment_ids(self.coco_panoptic_folder, image, self.source, (height, width)))
         segments = [annotation["segment_id"] for annotation in self._objects_of(index)]
         masks = ids == torch.tensor(segments, dtype=ids.dtype).view(-1, 1, 1)
         for segment_id, there in zip(segments, masks.flatten(1).any(1).tolist()):
             if not there:
-                raise InputError(f"segment id {segment_id} (image id {image_id}) of {self.source} has no pixel in {path}")
+                raise InputError(f"segment id {segment_id} (image id {image['id']}) of {self.source} has no pixel in "
+                                 f"{self.coco_panoptic_folder / image['segments_file']}")
         return masks
 
 
@@ -154,19 +143,26 @@ class _Segments(COCO):
         super().__init__()
         self.ann_folder = ann_folder
         self.source = source
-        self._latest: tuple[int, np.ndarray] | None = None
+        self._run_lengths: dict[int, dict] = {}  # by annotation id
 
     def annToRLE(self, ann: dict) -> dict:
-        """Run lengths of a segment's mask, as pycocotools' evaluation wants them: image after image."""
-        image = self.imgs[ann["image_id"]]
-        if self._latest is None or self._latest[0] != image["id"]:
+        """Run lengths of a segment's mask; those of all the image's segments are remembered for later evaluations."""
+        if ann["id"] not in self._run_lengths:
+            image = self.imgs[ann["image_id"]]
             size = (image["height"], image["width"]) if {"height", "width"} <= set(image) else None
-            ids, problem = read_segment_ids(self.ann_folder / image["segments_file"], size,
-                                            f"image id {image['id']} of {self.source}")
-            if problem:
-                raise InputError(problem.sentence)
-            self._latest = image["id"], ids
-        return mask_codec.encode(np.asfortranarray(self._latest[1] == ann["segment_id"], dtype=np.uint8))
+            ids = _segment_ids(self.ann_folder, image, self.source, size)
+            for segment in self.imgToAnns[image["id"]]:
+                mask = np.asfortranarray(ids == segment["segment_id"], dtype=np.uint8)
+                self._run_lengths[segment["id"]] = mask_codec.encode(mask)
+        return self._run_lengths[ann["id"]]
+
+
+def _segment_ids(ann_folder: Path, image: dict, source: str | os.PathLike, size: tuple[int, int] | None) -> np.ndarray:
+    """Decodes the segment ids, int32 [H, W], of an image entry's PNG, of `size` (height, width), or of any size for None."""
+    ids, problem = read_segment_ids(ann_folder / image["segments_file"], size, f"image id {image['id']} of {source}")
+    if problem:
+        raise InputError(problem.sentence)
+    return ids
 
 
 def as_ground_truth(content: dict) -> dict:
@@ -188,17 +184,14 @@ def as_ground_truth(content: dict) -> dict:
     return {"images": kept, "annotations": annotations, "categories": content["categories"]}
 
 
-def _index_segments(ground_truth: dict, ann_folder: Path, source: str | os.PathLike) -> COCO:
-    return index_ground_truth(ground_truth, _Segments(ann_folder, source))
-
-
 def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
     """Reads COCO's own objects of the images of `dataset`, if they are there and belong to it."""
     if not ann_file.is_file():
         return None
     content = read_ground_truth(ann_file)
     things = {number for number, is_thing in is_thing_of(dataset.coco.dataset, dataset.source).items() if is_thing}
-    if not ({image["id"] for image in content["images"]} >= set(dataset.ids) and set(class_names(content)) <= things):
+    images, _ = image_entry_problems(content["images"], ann_file)
+    if not (set(images) >= set(dataset.ids) and set(class_names(content)) <= things):
         print_main(f"{ann_file} has other images or classes than {dataset.source}: boxes are evaluated on the segments")
         return None
     check_ground_truth(content, ann_file, num_classes_of(content, ann_file), need_masks=dataset.return_masks)

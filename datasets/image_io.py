@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -9,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS as IMAGE_EXTENSIONS
 
-__all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "UnreadableImage", "pil_to_rgb_tensor", "read_image"]
+__all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "UnreadableImage", "pil_to_rgb_tensor", "read_image", "read_size",
+           "read_sizes"]
 
 # A file of a few kilobytes may decode to gigabytes. Larger images than this, 400 MB as RGB, count as unreadable; Pillow
 # would only warn of them, and refuse those of twice the size.
@@ -19,6 +22,8 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # A reduced JPEG decode keeps at least this many times the wanted resolution, so that the antialiased resize
 # which follows still does the filtering (the value of Pillow's own thumbnails).
 _REDUCING_GAP = 2
+# Files whose first bytes are waited for at a time; nearly nothing is computed.
+_READERS = 8
 
 
 class UnreadableImage(Exception):
@@ -54,6 +59,21 @@ def read_image(path: str | os.PathLike, short_side: int | None = None) -> tuple[
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes, even IndexError
         reason = str(error).replace("\n", " ") or type(error).__name__
         raise UnreadableImage(f"image file {path} cannot be decoded ({reason})") from error
+
+
+def read_size(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Reads the (height, width) an image file says it has, without decoding it; None if it can't be read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except Exception:  # whoever loads the image says what is wrong with it
+        return None
+
+
+def read_sizes(paths: Iterable[str | os.PathLike]) -> Tensor:
+    """Reads the sizes of many files, int64 [n, 2], (height, width); (1, 1) where `read_size` can't."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return torch.tensor([size or (1, 1) for size in pool.map(read_size, paths)]).view(-1, 2)
 
 
 def pil_to_rgb_tensor(picture: Image.Image) -> Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.checks import (Problem, category_problems, image_entry_problems, is_box, is_count, leaves_folder,
-                             mask_box_fault, object_faults)
+from datasets.checks import (Problem, header_problems, is_box, is_count, leaves_folder, mask_box_fault,
+                             object_faults)
 from datasets.coco import read_ground_truth
 from datasets.image_io import UnreadableImage, pil_to_rgb_tensor, read_image
 from util.errors import InputError
@@ -87,10 +87,8 @@ def panoptic_problems(content: dict, source: str | os.PathLike, num_classes: int
         source: file it comes from, for the sentences.
         num_classes: category ids must be below this.
     """
-    images, problems = image_entry_problems(content["images"], source)
+    images, categories, problems = header_problems(content, source)
     yield from problems
-    yield from category_problems(content["categories"], source)
-    categories = {category["id"] for category in content["categories"]}
     annotated: set[int] = set()
     for position, annotation in enumerate(content["annotations"]):
         fault = _annotation_fault(annotation, images)

@@ -61,7 +61,7 @@ class PanopticEvaluator:
                 with the segments' `id` and `category_id`; and optionally `file_name`, the PNG's name in `output_dir`.
 
         Raises:
-            InputError: the ground truth's PNG is missing or broken.
+            InputError: the ground truth's PNG is missing or broken, or the prediction can't be written.
             ValueError: an image is not in the ground truth, or a prediction contradicts itself or has another size.
         """
         for prediction in predictions:
@@ -101,7 +101,7 @@ class PanopticEvaluator:
             print_main(f"{name:8}|{100 * pq:7.1f}{100 * sq:7.1f}{100 * rq:7.1f}{len(qualities):6}")
         if self.output_dir and is_main_process():
             annotations = [self._written[image_id] for image_id in sorted(self._written)]
-            (self.output_dir / "predictions.json").write_text(json.dumps({"annotations": annotations}))
+            _write_file(self.output_dir / "predictions.json", json.dumps({"annotations": annotations}).encode())
         return results
 
     def per_class(self) -> dict[str, tuple[float, float, float]]:
@@ -133,8 +133,7 @@ class PanopticEvaluator:
     def _write(self, image_id: int, prediction: dict) -> None:
         name = str(prediction.get("file_name") or self._annotations[image_id]["file_name"])
         path = (self.output_dir / name).with_suffix(".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(prediction["png_string"])
+        _write_file(path, prediction["png_string"])
         segments = [{"id": int(segment["id"]), "category_id": int(segment["category_id"])}
                     for segment in prediction["segments_info"]]
         self._written[image_id] = {"image_id": image_id, "file_name": path.relative_to(self.output_dir).as_posix(),
@@ -147,6 +146,14 @@ class PanopticEvaluator:
             for category, tally in self._tallies[image_id].items():
                 sums[category] = tuple(a + b for a, b in zip(sums.get(category, (0.0, 0, 0, 0)), tally))
         return dict(sorted(sums.items()))
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"{path} can't be written ({error})") from error
 
 
 def match_segments(

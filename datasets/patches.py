@@ -18,8 +18,11 @@ from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 __all__ = ["PatchAugmentation", "PatchParameters", "augment_patches", "cut_patches", "normalize_patches"]
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
+_LUMA_TENSOR = torch.tensor(_LUMA)
+_HUE_CENTRES, _HUE_SIGNS, _HUE_OFFSETS = (torch.tensor(values).view(3, 1, 1) for values in (
+    (3.0, 2.0, 4.0), (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0)))
 _MEAN = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-_STD = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+_INVERSE_STD = 1 / torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
 
 def cut_patches(image: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -41,8 +44,8 @@ def cut_patches(image: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Normalises, in place, float patches [M, 3, P, P] in 0..1 with ImageNet's mean and deviation."""
-    return patches.sub_(_MEAN).div_(_STD)
+    """Normalises, in place, float patches [..., 3, P, P] in 0..1 with ImageNet's mean and deviation."""
+    return patches.sub_(_MEAN).mul_(_INVERSE_STD)
 
 
 @dataclass
@@ -101,72 +104,78 @@ class PatchAugmentation:
         )
 
 
-def augment_patches(patches: Tensor, parameters: PatchParameters) -> Tensor:
+def augment_patches(patches: Tensor, parameters: PatchParameters, normalize: bool = False) -> Tensor:
     """Augments a batch of patches: colour jitter, then grey, then blur, each patch by its own parameters.
 
-    The changes run in place on one patch after the other. Its planes and their intermediates then stay in the
+    Everything happens to one patch before the next one's turn. Its planes and their intermediates then stay in the
     processor's cache; the same operations on all patches at once take more than twice as long.
 
     Args:
         patches: uint8 [M, 3, P, P].
         parameters: what to do to each patch.
+        normalize: whether to call `normalize_patches` in the end.
 
     Returns:
-        float32 [M, 3, P, P] in 0..1.
+        float32 [M, 3, P, P], in 0..1 unless normalised.
     """
     changes = (_adjust_brightness, _adjust_contrast, _adjust_saturation, _shift_hue)
-    patches = patches.float().mul_(1 / 255)
-    for index, patch in enumerate(patches):
+    augmented = torch.empty(patches.shape)
+    for index, patch in enumerate(augmented):
+        patch.copy_(patches[index]).mul_(1 / 255)
         if parameters.jitter[index]:
             for kind in parameters.order[index].tolist():
                 changes[kind](patch, float(parameters.factors[index, kind]))
         if parameters.grey[index]:
-            patch.copy_(_grey(patch, 1.0))
+            patch.copy_(_grey(patch))
         if parameters.sigma[index] > 0:
             _blur(patch, float(parameters.sigma[index]))
-    return patches
+        if normalize:
+            normalize_patches(patch)
+    return augmented
 
 
-# Each of these changes one patch, float [3, P, P] in 0..1, in place.
+# Each of these changes one patch, float [3, P, P] in 0..1, in place. A factor up to 1 can't lead out of this range.
 
 
 def _adjust_brightness(patch: Tensor, factor: float) -> None:
-    patch.mul_(factor).clamp_(0, 1)
+    patch.mul_(factor)
+    if factor > 1:
+        patch.clamp_(max=1)
 
 
 def _adjust_contrast(patch: Tensor, factor: float) -> None:
-    mean = sum(weight * channel for weight, channel in zip(_LUMA, patch.mean((1, 2)).tolist()))
-    patch.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+    _blend(patch, patch.mean((1, 2)) @ _LUMA_TENSOR, factor)
 
 
 def _adjust_saturation(patch: Tensor, factor: float) -> None:
-    grey = _grey(patch, 1 - factor)
-    patch.mul_(factor).add_(grey).clamp_(0, 1)
+    _blend(patch, _grey(patch), factor)
+
+
+def _blend(patch: Tensor, base: Tensor, factor: float) -> None:
+    """Goes from `base` to the patch and, with a factor above 1, beyond it."""
+    torch.lerp(base, patch, factor, out=patch)
+    if factor > 1:
+        patch.clamp_(0, 1)
 
 
 def _shift_hue(patch: Tensor, turns: float) -> None:
     """Turns the hue at equal largest and smallest channel, without the detour over saturation that HSV takes.
 
-    With hue h in 0..6, m the smallest and c = largest − smallest, red is m + c·(t(h − 3) − 1), green is
-    m + c·(2 − t(h − 2)) and blue is m + c·(2 − t(h − 4)), where t(x) is |x| clamped to 1..2.
+    With hue h in 0..6, m the smallest and c = largest − smallest, red is m + c·t(|h − 3| − 1), green is
+    m + c·t(2 − |h − 2|) and blue is m + c·t(2 − |h − 4|), where t clamps to 0..1.
     """
     red, green, blue = patch
-    largest = torch.maximum(red, green)
-    torch.maximum(largest, blue, out=largest)
-    smallest = torch.minimum(red, green)
-    torch.minimum(smallest, blue, out=smallest)
+    largest, smallest = patch.amax(0), patch.amin(0)
     chroma = largest - smallest
     # Selecting by sign (0 where the channel is the largest) and lerp: torch's comparisons and `where` are slow on CPU.
-    not_red, not_green = (largest - red).sign_(), (largest - green).sign_()
+    not_red, not_green = (largest - red).sign_(), largest.sub_(green).sign_()
     if_green, hue = (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
     torch.lerp(if_green, hue, not_green, out=hue)
     torch.lerp(torch.sub(green, blue, out=if_green), hue, not_red, out=hue)
     hue.div_(chroma.clamp_min(1e-8)).add_(6 * turns)
     hue.add_(torch.mul(hue, 1 / 6, out=not_red).floor_(), alpha=-6)
-    largest.add_(chroma)
-    torch.addcmul(smallest.sub_(chroma), (hue - 3).abs_().clamp_(1, 2), chroma, out=red)
-    torch.addcmul(largest, (hue - 2).abs_().clamp_(1, 2), chroma, value=-1, out=green)
-    torch.addcmul(largest, hue.sub_(4).abs_().clamp_(1, 2), chroma, value=-1, out=blue)
+    torch.sub(hue, _HUE_CENTRES, out=patch).abs_().mul_(_HUE_SIGNS).add_(_HUE_OFFSETS).clamp_(0, 1)
+    patch.mul_(chroma).add_(smallest)
 
 
 def _blur(patch: Tensor, sigma: float) -> None:
@@ -186,7 +195,7 @@ def _blur(patch: Tensor, sigma: float) -> None:
             result.add_(pair, alpha=weight / total)
 
 
-def _grey(patch: Tensor, scale: float) -> Tensor:
-    """Returns `scale` times the luma [P, P] of a patch [3, P, P]."""
+def _grey(patch: Tensor) -> Tensor:
+    """Returns the luma [P, P] of a patch [3, P, P]."""
     red, green, blue = patch
-    return (red * (_LUMA[0] * scale)).add_(green, alpha=_LUMA[1] * scale).add_(blue, alpha=_LUMA[2] * scale)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])

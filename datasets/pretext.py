@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import transforms as T
-from datasets.image_io import IMAGE_EXTENSIONS, read_image
+from datasets.image_io import IMAGE_EXTENSIONS, read_image, read_sizes
 from datasets.packed import pack_paths
-from datasets.patches import PatchAugmentation, augment_patches, cut_patches, normalize_patches
+from datasets.patches import PatchAugmentation, augment_patches, cut_patches
 from datasets.usable_images import UsableImages
 from util.box_ops import box_xyxy_to_cxcywh
 from util.errors import InputError
@@ -253,6 +253,10 @@ class PatchPretext:
         boxes = self.propose(image, rng)
         return None if boxes is None else View(image, orig_size, boxes)
 
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the (height, width) that images of a size are shown at, where there is but one short side."""
+        return T.resized_size(height, width, self.sizes[0], self.max_size)
+
 
 def check_sizes(sizes: Sequence[int]) -> None:
     """Raises InputError if a short side is so small that nothing can be found."""
@@ -391,6 +395,14 @@ class PretextDataset(Dataset):
         """
         return self._usable.gather_unreadable()
 
+    def shown_sizes(self) -> Tensor | None:
+        """Returns the (height, width) of each sample of an evaluation, int64 [len(self), 2], as the files' headers
+        tell; None where they are random or not known. A sample whose file can't be used shows another image."""
+        if self.training or not hasattr(self.pretext, "output_size"):
+            return None
+        sizes = read_sizes(self.root / path for path in self.files).tolist()
+        return torch.tensor([self.pretext.output_size(*size) for size in sizes])
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -416,8 +428,8 @@ class PretextDataset(Dataset):
             target["patches"] = T.normalize_image(patches)
             return T.normalize_image(view.image), target
         if self.training:
-            patches = augment_patches(patches, self.augmentation.draw(len(patches), rng))
-            return T.normalize_image(view.image), normalize_patches(patches), target
+            patches = augment_patches(patches, self.augmentation.draw(len(patches), rng), normalize=True)
+            return T.normalize_image(view.image), patches, target
         opposite = ((index + count // 2 + step) % count for step in range(count))
         _, other, _ = self._first_usable(candidate for candidate in opposite if candidate != shown)
         target["control_patches"] = T.normalize_image(self._cut(other))

@@ -9,6 +9,7 @@ image file in bytes: one whose file has changed since is stale.
 """
 from __future__ import annotations
 
+import io
 import json
 import os
 import uuid
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.checks import is_count
 from datasets.selective_search import SETTINGS
 from util.errors import InputError
 
@@ -66,8 +68,9 @@ class ProposalCache:
             raise InputError(f"--cache_path {folder} holds other proposals than these "
                              f"({_difference(manifest, wanted)}): give another folder, or delete this one")
         self.num_parts = manifest.get("num_parts")
-        if not isinstance(self.num_parts, int) or self.num_parts < 1:
-            raise InputError(f"{self.folder / 'manifest.json'} can't be read (its num_parts is {self.num_parts})")
+        if not is_count(self.num_parts) or not self.num_parts:
+            raise InputError(f"{self.folder / 'manifest.json'} is damaged: its num_parts is {self.num_parts}, not a "
+                             "number of parts; give another folder, or delete this one")
 
     @classmethod
     def create(cls, folder: str | os.PathLike, num_images: int) -> "ProposalCache":
@@ -133,15 +136,11 @@ class ProposalCache:
         """Writes all entries of a part: readers find the old part or the new one, never half of it."""
         names = b"".join(os.fsencode(name) + b"\0" for name in entries)
         counts = [len(entry.boxes) for entry in entries.values()]
-        path = self._path(part)
-        scratch = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.npz")
-        try:
-            np.savez(scratch, names=np.frombuffer(names, dtype=np.uint8), ends=np.cumsum(counts, dtype=np.int64),
-                     file_sizes=np.array([entry.file_size for entry in entries.values()], dtype=np.int64),
-                     boxes=np.concatenate([entry.boxes for entry in entries.values()]).astype(np.uint8))
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        content = io.BytesIO()
+        np.savez(content, names=np.frombuffer(names, dtype=np.uint8), ends=np.cumsum(counts, dtype=np.int64),
+                 file_sizes=np.array([entry.file_size for entry in entries.values()], dtype=np.int64),
+                 boxes=np.concatenate([entry.boxes for entry in entries.values()]).astype(np.uint8))
+        _replace(self._path(part), content.getvalue())
 
     def _path(self, part: int) -> Path:
         return self.folder / f"proposals-{part:05}.npz"

@@ -37,8 +37,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> Pre
     """Builds the region pretext of `args`.
 
     Reads `strategy`, `max_prop`, `cache_path`, `patch_size`, `pretrain_sizes`, `pretrain_max_size`, `crop_resize`,
-    `crop_size`, `seed`, and what `datasets.pretext.choose_files` reads. The cache is one of `imagenet_path`; regions of
-    `imagenet_val_path` are proposed on the spot.
+    `crop_size`, `seed`, and what `datasets.pretext.choose_files` reads.
 
     Args:
         image_set: "train" or "val".
@@ -58,8 +57,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> Pre
         transform = training_augmentation(sizes, max_size, args.crop_resize, args.crop_size)
     else:
         transform = T.RandomResize([max(sizes)], max_size)
-    if args.cache_path and root == args.imagenet_path:
-        limit = args.max_prop if args.strategy == "topk" else None
+    if args.cache_path:
+        limit = max(args.max_prop, _MIN_REGIONS) if args.strategy == "topk" else None
         source: Callable = CachedProposals(args.cache_path, root, files, limit)
     else:
         require_opencv()

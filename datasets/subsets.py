@@ -174,7 +174,7 @@ def _choose(ground_truth: dict, args: argparse.Namespace) -> dict:
                f"{len(ground_truth['annotations'])} objects ({flags})")
     if not result["annotations"]:
         raise InputError(f"{flags} leaves no object to train on")
-    _write_choice(chosen, made_by, args.output_dir)
+    _write_choice(chosen, made_by, args)
     return result
 
 
@@ -204,12 +204,18 @@ def _read_choice(path: str, ground_truth: dict) -> Chosen:
     return Chosen(images, annotations)
 
 
-def _write_choice(chosen: Chosen, made_by: dict, output_dir: str) -> None:
-    if output_dir and is_main_process():
-        content = {"made_by": made_by, "image_ids": chosen.image_ids, "annotation_ids": chosen.annotation_ids}
-        path = Path(output_dir, SUBSET_FILE)
+def _write_choice(chosen: Chosen, made_by: dict, args: argparse.Namespace) -> None:
+    if not args.output_dir or not is_main_process():
+        return
+    path = Path(args.output_dir, SUBSET_FILE)
+    if args.filter_file and path.exists() and path.samefile(args.filter_file):
+        return  # which also says how the choice was first made
+    content = {"made_by": made_by, "image_ids": chosen.image_ids, "annotation_ids": chosen.annotation_ids}
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content) + "\n")
+    except OSError as error:
+        raise InputError(f"{path} can't be written ({error})") from error
 
 
 def _read_json(flag: str, path: str) -> object:

@@ -175,6 +175,18 @@ class Compose:
         return image, target
 
 
+    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Returns the (height, width) that images of a size get; None where that is random."""
+        for transform in self.transforms:
+            if not hasattr(transform, "output_size"):
+                return None
+            size = transform.output_size(height, width)
+            if size is None:
+                return None
+            height, width = size
+        return height, width
+
+
 class RandomHorizontalFlip:
     """Mirrors with probability `p`."""
 
@@ -194,6 +206,10 @@ class RandomResize:
 
     def __call__(self, image: Tensor, target: dict | None, rng: np.random.Generator) -> tuple[Tensor, dict | None]:
         return resize(image, target, self.sizes[rng.integers(len(self.sizes))], self.max_size)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """See `Compose.output_size`."""
+        return resized_size(height, width, self.sizes[0], self.max_size) if len(self.sizes) == 1 else None
 
 
 class RandomSizeCrop:
@@ -235,6 +251,10 @@ class Normalize:
             scale = torch.tensor([width, height, width, height], dtype=torch.float32)
             target = {**target, "boxes": box_xyxy_to_cxcywh(target["boxes"]) / scale}
         return normalize_image(image), target
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """See `Compose.output_size`."""
+        return height, width
 
 
 def _apply_to_geometry(target: dict, canvas: tuple[int, int], operation: Callable[[Tensor], Tensor]) -> dict:

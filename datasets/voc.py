@@ -197,7 +197,7 @@ def find_pictures(root: Path, image_set: str) -> tuple[tuple[Picture, ...], tupl
         print_main(f"VOC {image_set}: {len(names)} images of {year.name} ({path.stem})")
     if not pictures:
         raise InputError(f"the image lists {', '.join(map(str, lists))} name no images")
-    return pictures, problems
+    return tuple(pictures), tuple(problems)
 
 
 def _read_list(path: Path) -> list[str]:
@@ -238,37 +238,24 @@ def _read_picture(folder: Path, name: str, problems: list[Problem]) -> Picture:
         problems.append(Problem("annotation_entry", f"annotation file {path}", "does not exist"))
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # the latter two: of its encoding
         problems.append(Problem("annotation_entry", f"annotation file {path}", f"is not valid XML ({error})"))
-    objects = []
-    for element in elements:
-        fault = _object_fault(element)
-        if fault:
-            problems.append(Problem.of(fault, f"annotation file {path}"))
-        else:
-            objects.append(_read_object(element))
-    return Picture(f"{folder.name}/JPEGImages/{name}.jpg", path, tuple(objects))
+    read = [_read_object(element) for element in elements]
+    problems += [Problem.of(fault, f"annotation file {path}") for fault in read if isinstance(fault, Fault)]
+    objects = tuple(item for item in read if isinstance(item, Object))
+    return Picture(f"{folder.name}/JPEGImages/{name}.jpg", path, objects)
 
 
-def _object_fault(element: ElementTree.Element) -> Fault | None:
+def _read_object(element: ElementTree.Element) -> Object | Fault:
     name = (element.findtext("name") or "").strip()
     if not name:
         return Fault("category", "has an object without a name")
     try:
-        x0, y0, x1, y1 = _corners(element)
+        x0, y0, x1, y1 = (float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
     except (TypeError, ValueError):
         return Fault("box", f"has an object {name!r} without four numbers in bndbox")
     if not (x1 >= x0 and y1 >= y0):
         return Fault("box", f"has an object {name!r} whose box ends before it begins")
-    return None
-
-
-def _corners(element: ElementTree.Element) -> list[float]:
-    return [float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
-
-
-def _read_object(element: ElementTree.Element) -> Object:
-    x0, y0, x1, y1 = _corners(element)
     difficult = (element.findtext("difficult") or "0").strip() == "1"
-    return Object(element.findtext("name").strip(), (x0 - 1, y0 - 1, x1, y1), difficult)
+    return Object(name, (x0 - 1, y0 - 1, x1, y1), difficult)
 
 
 def devkit(args: argparse.Namespace) -> Path:

@@ -7,11 +7,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from models.fused import FrozenBatchNorm2d, can_fuse, forget, resnet_maps
 from models.position_encoding import build_position_encoding
 from util.checkpoint import load_checkpoint
 from util.distributed import local_main_first, print_main
 from util.errors import InputError
 from util.misc import NestedTensor
+
+__all__ = ["LAYERS", "SUPERVISED_URLS", "SWAV_URL", "Backbone", "BackboneBase", "FrozenBatchNorm2d", "Joiner", "ResNetBody",
+           "backbone_state_dict", "build_backbone", "load_backbone_weights"]
 
 SWAV_URL = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
 
@@ -23,26 +27,6 @@ SUPERVISED_URLS = {
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
 }
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics and affine parameters are constants (buffers), as in fine-tuned detectors."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.eps = 1e-5
-        self.register_buffer("weight", torch.ones(n))
-        self.register_buffer("bias", torch.zeros(n))
-        self.register_buffer("running_mean", torch.zeros(n))
-        self.register_buffer("running_var", torch.ones(n))
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        state_dict.pop(prefix + "num_batches_tracked", None)  # an ordinary BatchNorm2d has it
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [B, n, H, W] channel by channel."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class ResNetBody(nn.Module):
@@ -65,6 +49,9 @@ class ResNetBody(nn.Module):
         self.num_maps = num_maps
 
     def forward(self, x: Tensor) -> List[Tensor]:
+        if not torch.jit.is_scripting():
+            if can_fuse(self):
+                return resnet_maps(self, LAYERS if self.has_layer4 else LAYERS[:3], x)[-self.num_maps:]
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         maps = [self.layer1(x)]
         maps.append(self.layer2(maps[-1]))
@@ -72,6 +59,10 @@ class ResNetBody(nn.Module):
         if self.has_layer4:
             maps.append(self.layer4(maps[-1]))
         return maps[len(maps) - self.num_maps:]
+
+    def train(self, mode: bool = True) -> "ResNetBody":
+        forget()  # weights may have been exchanged in ways that leave no trace
+        return super().train(mode)
 
 
 class BackboneBase(nn.Module):

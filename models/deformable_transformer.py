@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dropout import Dropout
 from models.ms_deform_attn import Levels, MSDeformAttn, make_levels
 from models.transformer import FeedForward, MultiheadAttention
 from util.misc import inverse_sigmoid
@@ -40,8 +41,8 @@ class DeformableTransformerEncoderLayer(FeedForward):
         self.norm1 = nn.LayerNorm(d_model)
         self._add_feed_forward(d_model, dim_feedforward, dropout, activation)
         self.norm2 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
+        self.dropout1 = Dropout(dropout)
+        self.dropout2 = Dropout(dropout)
 
     def forward(self, src: Tensor, pos: Tensor, reference: Tensor, levels: Levels, padding: Tensor) -> Tensor:
         """src, pos [B, S, d]; reference [B, S, L, 2] -> [B, S, d]."""
@@ -61,9 +62,9 @@ class DeformableTransformerDecoderLayer(FeedForward):
         self.norm2 = nn.LayerNorm(d_model)
         self._add_feed_forward(d_model, dim_feedforward, dropout, activation)
         self.norm3 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
-        self.dropout3 = nn.Dropout(dropout)
+        self.dropout1 = Dropout(dropout)
+        self.dropout2 = Dropout(dropout)
+        self.dropout3 = Dropout(dropout)
 
     def forward(self, tgt: Tensor, query_pos: Tensor, reference: Tensor, encoded: Encoded) -> Tensor:
         """tgt, query_pos [B, N, d]; reference [B, N, L, 2 or 4] -> [B, N, d]."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.backbone import LAYERS, SUPERVISED_URLS, FrozenBatchNorm2d, load_backbone_weights
 from models.deformable_detr import DeformableDETR
 from models.detr import DETR, MLP
+from models.fused import can_fuse, resnet_maps
 from util.errors import InputError
 
 # Of a region's crop, what is predicted: the average-pooled map of layer2, or SwAV's projection of layer4's.
@@ -85,9 +86,9 @@ class RegionNetwork(nn.Module):
             raise InputError(f"--backbone {name} is not one of {', '.join(SUPERVISED_URLS)}")
         resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
         layers = LAYERS[:2] if head == "intermediate" else LAYERS
-        for stage in ("conv1", "bn1", "relu", "maxpool", *layers):
+        self.stem, self.layers = ("conv1", "bn1", "relu", "maxpool"), layers
+        for stage in (*self.stem, *layers):
             setattr(self, stage, getattr(resnet, stage))
-        self.stages = ("conv1", "bn1", "relu", "maxpool", *layers)
         channels = resnet.fc.in_features
         self.dim = channels // 4
         self.projects = head == "head"
@@ -99,9 +100,12 @@ class RegionNetwork(nn.Module):
                 nn.Linear(PROJECTION_HIDDEN, PROJECTION_DIM))
 
     def forward(self, crops: Tensor) -> Tensor:
-        x = crops
-        for stage in self.stages:
-            x = getattr(self, stage)(x)
+        if can_fuse(self):
+            x = resnet_maps(self, self.layers, crops)[-1]
+        else:
+            x = crops
+            for stage in (*self.stem, *self.layers):
+                x = getattr(self, stage)(x)
         x = x.mean((2, 3))
         return F.normalize(self.projection_head(x), dim=1) if self.projects else x
 

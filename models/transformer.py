@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dropout import Dropout, dropout
+
 
 class MultiheadAttention(nn.MultiheadAttention):
     """Attention with torch's parameter names, through `scaled_dot_product_attention`.
@@ -37,17 +39,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         q = self._split_heads(F.linear(query, weight[:d], bias[:d]))
         k = self._split_heads(F.linear(key, weight[d:2 * d], bias[d:2 * d]))
         v = self._split_heads(F.linear(value, weight[2 * d:], bias[2 * d:]))
-        dropout = self.dropout if self.training else 0.0
+        p = self.dropout if self.training else 0.0
         weights: Optional[Tensor] = None
-        if self.keep_weights:
+        # On a CPU torch, too, forms the weights where there is dropout.
+        if self.keep_weights or (p > 0 and q.device.type == "cpu"):
             scores = (q * self.head_dim ** -0.5) @ k.transpose(-2, -1)
             if allowed is not None:
-                scores = scores.masked_fill(~allowed, float("-inf"))
+                scores = scores.masked_fill_(~allowed, float("-inf"))
             attention = scores.softmax(dim=-1)
-            weights = attention.mean(dim=1)
-            out = F.dropout(attention, dropout) @ v
+            if self.keep_weights:
+                weights = attention.mean(dim=1)
+            out = dropout(attention, p, self.training) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p)
         return self.out_proj(out.transpose(1, 2).flatten(2)), weights
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -60,7 +64,7 @@ class FeedForward(nn.Module):
     def _add_feed_forward(self, d_model: int, dim_feedforward: int, dropout: float, activation: str) -> None:
         # Called after the attentions are made: saved optimizers know parameters by their order, which is DETR's.
         self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.activation = _activation(activation)
 
@@ -78,8 +82,8 @@ class TransformerEncoderLayer(FeedForward):
         self._add_feed_forward(d_model, dim_feedforward, dropout, activation)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
+        self.dropout1 = Dropout(dropout)
+        self.dropout2 = Dropout(dropout)
         self.normalize_before = normalize_before
 
     def forward(self, src: Tensor, pos: Tensor, allowed: Optional[Tensor] = None) -> Tensor:
@@ -107,9 +111,9 @@ class TransformerDecoderLayer(FeedForward):
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
-        self.dropout3 = nn.Dropout(dropout)
+        self.dropout1 = Dropout(dropout)
+        self.dropout2 = Dropout(dropout)
+        self.dropout3 = Dropout(dropout)
         self.normalize_before = normalize_before
 
     def forward(self, tgt: Tensor, memory: Tensor, located_memory: Tensor, query_pos: Tensor,

@@ -29,8 +29,6 @@ REGIONS = ("--dataset_file regions --model detr --object_embedding_loss --max_pr
 # random crops cost more than they teach.
 FINETUNE = ("--train_sizes 128 --crop_resize 128 --crop_size 1000 1000 --val_size 128 --max_size 128 --batch_size 8 --lr 1e-3 "
             "--lr_backbone 0").split()
-# Let glibc keep the memory of freed tensors rather than hand it back to the system and ask for it anew at every step.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 30)}
 # Whose boxes' recall is measured, and the name of the file with it.
 RECALL = {"selective search": "recall_search.json", "DETReg before any label": "recall_detreg.json"}
 THRESHOLD = 0.3  # least score of the detections that are drawn: after so short a training few are above 0.5
@@ -75,7 +73,7 @@ class Demo:
         print(f"== {name}", flush=True)
         start = time.perf_counter()
         threads = max(1, (os.cpu_count() or 1) // (len(commands) * processes))
-        environment = {"OMP_NUM_THREADS": str(threads), **KEEP_MEMORY, **os.environ}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         running = []
         for number, command in enumerate(commands):
             print("$ python " + " ".join(command), flush=True)

@@ -26,6 +26,7 @@ from models.backbone import LAYERS, SUPERVISED_URLS
 from tools.output import refuse_others, remember, writing
 from util.checkpoint import save_checkpoint
 from util.errors import InputError, run_program
+from util.host_memory import keep_freed_memory
 
 CANVAS = 64  # pixels of a drawn image
 CROPS = (46, 64)  # pixels of the random part of it that a training step sees …
@@ -206,6 +207,7 @@ def main(args: argparse.Namespace) -> Optional[Dict[str, float]]:
     refuse_others("--output", [Path(args.output)])
     with writing("--output", args.output):  # before a minute is spent
         Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     device = torch.device(args.device)
     start = time.perf_counter()
     images, labels = (part.to(device) for part in draw_all(args.num_images + HELD_OUT, args.seed))

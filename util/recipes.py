@@ -17,7 +17,7 @@ def _position_scale(args: argparse.Namespace) -> Optional[float]:
 
 _LABELLED: Dict[str, Default] = {
     "batch_size": 2, "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333,
-    "remove_difficult": False,
+    "remove_difficult": False, "group_by_aspect": False,
 }
 _DETR: Dict[str, Default] = {
     "lr": 1e-4, "lr_backbone_names": ["backbone."], "num_queries": 100, "dim_feedforward": 2048, "pre_norm": False,
@@ -93,7 +93,7 @@ FLAGS_OF = {
     **{name: ("regions",) for name in (
         "strategy", "max_prop", "cache_path", "object_embedding_loss", "obj_embedding_head", "object_embedding_coef",
         "load_embedding")},
-    **{name: ("coco", "coco_panoptic", "voc") for name in ("train_sizes", "val_size", "max_size")},
+    **{name: ("coco", "coco_panoptic", "voc") for name in ("train_sizes", "val_size", "max_size", "group_by_aspect")},
     **{name: ("coco", "coco_panoptic", "voc", "regions") for name in ("crop_resize", "crop_size")},
 }
 # The same for flags that mean something for one model only.
@@ -105,7 +105,7 @@ MODEL_OF = {
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
                 "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop",
-                "shots", "save_every", "save_every_steps", "dist_timeout")
+                "shots", "save_every", "save_every_steps", "dist_timeout", "pretrain_max_size")
 OF_EMBEDDINGS = ("obj_embedding_head", "object_embedding_coef", "load_embedding")  # that need --object_embedding_loss
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 # Flags of which one at most can decide what is trained on, and flags that mean nothing without another.

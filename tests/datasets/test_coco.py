@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as mask_codec
 from torch.utils.data import DataLoader, Subset
 
-from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names
+from datasets import build_dataset, coco, get_coco_api_from_dataset, num_classes_and_names
 from datasets.coco import CocoDetection, make_coco_transforms
 from util.errors import InputError
 from util.misc import collate_fn
@@ -168,6 +168,17 @@ def test_evaluation_needs_only_the_validation_annotations(world):
     assert len(build_dataset("val", args)) == 3
     with pytest.raises(InputError, match="instances_train2017.json does not exist"):
         num_classes_and_names(arguments(world.root))
+
+
+def test_an_evaluation_keeps_the_validation_annotations_alone(world):
+    for evaluating, kept in ((False, 2), (True, 1)):
+        coco._read_json.cache_clear()
+        coco._read_categories.cache_clear()
+        args = arguments(world.root, eval=evaluating)
+        dataset = build_dataset("val", args)
+        num_classes_and_names(args)   # reads the training annotations, as the first did
+        assert coco._read_json.cache_info().currsize == kept
+        assert coco.read_ground_truth(dataset.source) is dataset.coco.dataset
 
 
 def move(world):
@@ -342,8 +353,10 @@ def test_missing_images_and_other_sizes_are_refused(world):
 
 
 def test_senseless_sizes_are_refused(world):
-    with pytest.raises(InputError, match="--val_size, .* must be at least 1"):
-        build_dataset("val", arguments(world.root, val_size=0))
+    for image_set, name, value in (("val", "val_size", 0), ("val", "max_size", -1), ("train", "train_sizes", [0, 64]),
+                                   ("train", "crop_resize", [0]), ("train", "crop_size", [0, 0])):
+        with pytest.raises(InputError, match=f"^--{name} {min(np.ravel(value))} must be at least 1$"):
+            build_dataset(image_set, arguments(world.root, **{name: value}))
     with pytest.raises(InputError, match=r"--crop_size \[60, 40\] is not a smallest and a largest side"):
         build_dataset("train", arguments(world.root, crop_size=[60, 40]))
 

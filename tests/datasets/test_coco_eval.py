@@ -76,6 +76,19 @@ def evaluate(coco, *updates, iou_types=("bbox",)):
 
 
 def pycocotools_stats(ground_truth, predictions, iou_type="bbox"):
+    return pycocotools_evaluation(ground_truth, predictions, iou_type).stats
+
+
+class IgnoringDifficult(COCOeval):
+    """pycocotools as it would be if a difficult object were to be ignored like a crowd, but with the usual IoU."""
+
+    def _prepare(self):
+        super()._prepare()
+        for annotation in (annotation for group in self._gts.values() for annotation in group):
+            annotation["ignore"] = annotation["ignore"] or annotation.get("difficult", 0)
+
+
+def pycocotools_evaluation(ground_truth, predictions, iou_type="bbox"):
     """What pycocotools gives when used as its own demonstration does."""
     coco = COCO()
     coco.dataset = json.loads(json.dumps(ground_truth))
@@ -90,12 +103,12 @@ def pycocotools_stats(ground_truth, predictions, iou_type="bbox"):
             else:
                 result["segmentation"] = mask_codec.encode(np.asfortranarray(mask[0].numpy().astype(np.uint8)))
             results.append(result)
-    evaluation = COCOeval(coco, coco.loadRes(results), iou_type)
+    evaluation = IgnoringDifficult(coco, coco.loadRes(results), iou_type)
     evaluation.params.imgIds = sorted(predictions)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    return evaluation.stats
+    return evaluation
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -110,6 +123,37 @@ def test_equals_pycocotools_on_random_cases(seed, iou_type):
     expected = pycocotools_stats(ground_truth, predictions, iou_type)
     np.testing.assert_allclose(stats, expected, rtol=0, atol=1e-12)
     assert 0.05 < stats[1] < 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_crowds_difficult_objects_and_more_than_a_hundred_detections(seed):
+    """Few places, few scores, all objects alike: which of equal candidates is taken decides the tables."""
+    rng = np.random.default_rng(seed)
+    images, annotations, predictions = [{"id": number, "height": 60, "width": 60} for number in (3, 1, 2)], [], {}
+    for image in images:
+        for _ in range(12):
+            x, y, side = rng.integers(0, 4, 3) * [8, 8, 4] + [0, 0, 24]
+            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "category_id": int(rng.choice([1, 3])),
+                                "bbox": [int(x), int(y), int(side), int(side)], "area": int(side * side) // int(rng.choice([1, 2])),
+                                "iscrowd": int(rng.random() < 0.2), "difficult": int(rng.random() < 0.2)})
+        corners = rng.integers(0, 4, (240, 2)) * 8.0
+        predictions[image["id"]] = {
+            "boxes": torch.tensor(np.concatenate([corners, corners + 24 + 4 * rng.integers(0, 4, (240, 1))], axis=1)),
+            "scores": torch.tensor(rng.integers(0, 8, 240) / 8), "labels": torch.tensor(rng.choice([1, 3], 240)),
+            "masks": torch.zeros(240, 1, 60, 60)}
+    ground_truth = {"images": images, "annotations": annotations, "info": {},
+                    "categories": [{"id": number, "name": str(number)} for number in (3, 1)]}
+    ours = evaluate(index_ground_truth(json.loads(json.dumps(ground_truth))), predictions).coco_eval["bbox"]
+    theirs = pycocotools_evaluation(ground_truth, predictions)
+    np.testing.assert_array_equal(ours.stats, theirs.stats)
+    for name in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(ours.eval[name], theirs.eval[name])
+    for evaluation in (ours, theirs):   # without regard to classes
+        evaluation.params.useCats = 0
+        evaluation.evaluate()
+        evaluation.accumulate()
+    for name in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(ours.eval[name], theirs.eval[name])
 
 
 def test_both_iou_types_at_once():

@@ -184,6 +184,8 @@ def test_segments_are_the_ground_truth_of_boxes_and_masks(world):
     for annotation in coco.imgToAnns[8]:
         mask = mask_codec.decode(coco.annToRLE(annotation)).astype(bool)
         np.testing.assert_array_equal(mask, picture_ids() == annotation["segment_id"])
+    (world.root / "panoptic_val2017/8.png").unlink()
+    assert mask_codec.area(coco.annToRLE(coco.imgToAnns[8][1])) == 24, "read once, for all evaluations"
 
 
 def instances_file(image_ids=(8, 4), category_id=2):
@@ -201,7 +203,8 @@ def test_boxes_are_evaluated_on_the_instances_where_they_are_there(world):
     assert dataset[1][1]["labels"].tolist() == [5, 2, 30], "targets stay the segments"
 
 
-@pytest.mark.parametrize("other", [instances_file(image_ids=(8,)), instances_file(category_id=5)])
+@pytest.mark.parametrize("other", [instances_file(image_ids=(8,)), instances_file(category_id=5),
+                                   {**instances_file(), "images": [{"file_name": "8.jpg"}, 4]}])
 def test_instances_of_another_set_are_not_taken(world, other, capsys):
     (world.root / "annotations/instances_val2017.json").write_text(json.dumps(other))
     dataset = build_dataset("val", arguments(world.root))

@@ -233,6 +233,9 @@ def test_predictions_are_written_only_where_asked(tmp_path):
     assert json.loads((tmp_path / "out/predictions.json").read_text()) == {"annotations": [
         {"image_id": 1, "file_name": "1.png", "segments_info": [{"id": 1, "category_id": THING},
                                                                 {"id": 2, "category_id": STUFF}]}]}
+    with pytest.raises(InputError, match="1.json/1.png can't be written"):
+        (tmp_path / "1.json").touch()
+        evaluate(truth, predictions, output_dir=tmp_path / "1.json")
 
 
 def test_wrong_predictions_are_our_mistake(tmp_path):

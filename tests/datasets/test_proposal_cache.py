@@ -42,9 +42,9 @@ def all_entries(cache_path):
 def test_training_on_the_cache_is_training_without_it(folder, tmp_path, fill):
     printed = fill()
     assert "regions on average of 4 images; 4 were new, 0 could not be read" in printed
-    for strategy in ("topk", "random"):
+    for strategy, max_prop in (("topk", 3), ("topk", 1), ("random", 3)):
         for image_set in ("train", "val"):
-            args = arguments(folder, strategy=strategy, max_prop=3)
+            args = arguments(folder, strategy=strategy, max_prop=max_prop)
             plain = build_dataset(image_set, args)
             args.cache_path = str(tmp_path / "cache")
             cached = build_dataset(image_set, args)
@@ -134,6 +134,17 @@ def test_a_cache_of_other_proposals_is_refused(folder, tmp_path, fill, change, w
         fill()
 
 
+@pytest.mark.parametrize("content", [{}, {"num_parts": 0}, {"num_parts": "many"}])
+def test_a_damaged_manifest_is_refused(folder, tmp_path, fill, content):
+    fill()
+    path = tmp_path / "cache/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["num_parts"]
+    path.write_text(json.dumps({**manifest, **content}))
+    with pytest.raises(InputError, match="manifest.json is damaged: its num_parts is (None|0|many), not a number"):
+        ProposalCache(tmp_path / "cache")
+
+
 def test_what_is_no_cache_is_refused(folder, tmp_path, fill):
     with pytest.raises(InputError, match="holds no proposals: it has no manifest.json"):
         build_dataset("train", arguments(folder, cache_path=str(tmp_path / "cache")))
@@ -167,14 +178,6 @@ def test_unreadable_images_are_passed_over_and_tried_again(folder, tmp_path, fil
     assert "of 4 images; 1 were new, 0 could not be read" in fill()
     dataset = build_dataset("train", arguments(folder, cache_path=str(tmp_path / "cache")))
     assert dataset[0][1]["image_id"].tolist() == [0]
-
-
-def test_held_out_images_of_another_tree_are_proposed_on_the_spot(folder, tmp_path, fill):
-    fill()
-    write_scene(tmp_path / "other/n0/a.png", seed=77)
-    args = arguments(folder, cache_path=str(tmp_path / "cache"), imagenet_val_path=str(tmp_path / "other"))
-    expected = build_dataset("val", arguments(tmp_path / "other"))[0][1]["boxes"]
-    assert torch.equal(build_dataset("val", args)[0][1]["boxes"], expected)
 
 
 def test_an_image_without_structure_is_cached_too(folder, tmp_path, fill):

@@ -253,7 +253,9 @@ def test_one_image_is_enough_to_evaluate_on(tmp_path):
 def test_senseless_flags_are_refused(folder):
     for changes, message in (({"strategy": "best"}, "--strategy best is not one of topk, random, importance"),
                              ({"max_prop": 0}, "--max_prop 0 must be at least 1"),
-                             ({"pretrain_sizes": [8]}, "--pretrain_sizes 8 must be at least 16")):
+                             ({"pretrain_sizes": [8]}, "--pretrain_sizes 8 must be at least 16"),
+                             ({"crop_resize": [0, 32]}, "--crop_resize 0 must be at least 1"),
+                             ({"crop_size": [0, 0]}, "--crop_size 0 must be at least 1")):
         with pytest.raises(InputError, match=f"^{message}$"):
             build_dataset("train", arguments(folder, **changes))
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names
-from datasets.subsets import choose_images, choose_shots, keep_chosen, read_class_split
+from datasets.subsets import _number_of_images, choose_images, choose_shots, keep_chosen, read_class_split
 from datasets.toy import ToySettings, write_toy
 from datasets.voc import VOC_CLASSES
 from util.errors import InputError
@@ -61,12 +61,11 @@ def test_sizes(own_data, flags, count):
     assert len(build_dataset("val", arguments(own_data, **flags))) == 40
 
 
-def test_a_hundredth_of_coco_and_a_tenth_of_voc():
+@pytest.mark.parametrize("total, percent, expected", [
+    (118287, 1, 1183), (118287, 2, 2366), (118287, 5, 5914), (118287, 10, 11829), (16551, 10, 1655)])
+def test_a_hundredth_of_coco_and_a_tenth_of_voc(total, percent, expected):
     """118,287 and 16,551 images are in train2017 and in trainval of 2007 and 2012."""
-    for total, percent, expected in ((118287, 1, 1183), (118287, 2, 2366), (118287, 5, 5914), (118287, 10, 11829),
-                                     (16551, 10, 1655)):
-        content = {"images": [{"id": number} for number in range(total)], "annotations": [], "categories": []}
-        assert len(choose_images(content, round(total * percent / 100), 0).image_ids) == expected
+    assert _number_of_images(total, argparse.Namespace(filter_pct=float(percent))) == expected
 
 
 def test_the_choice_is_fixed():
@@ -150,6 +149,20 @@ def test_a_choice_that_was_written_down(own_data, tmp_path, flags, capsys):
     assert f"train: {len(first)} of 40 images, " in printed and "--filter_seed 0)" in printed
     written = json.loads((output / "train_subset.json").read_text())
     assert written["made_by"]["filter_seed"] == 0 and written["image_ids"] == first.ids
+
+
+def test_a_choice_that_is_read_where_it_would_be_written_stays(own_data, tmp_path):
+    output, written = str(tmp_path / "run"), tmp_path / "run/train_subset.json"
+    build_dataset("train", arguments(own_data, output_dir=output, filter_num=3.0))
+    before = written.read_text()
+    build_dataset("train", arguments(own_data, output_dir=output, filter_file=str(written)))
+    assert written.read_text() == before and "filter_num" in before
+
+
+def test_a_choice_that_cannot_be_written_down_is_said(own_data, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(InputError, match="run/train_subset.json can't be written"):
+        build_dataset("train", arguments(own_data, output_dir=str(tmp_path / "run"), filter_num=3.0))
 
 
 def test_a_list_of_ids(own_data, tmp_path):

@@ -1,4 +1,5 @@
 """Helpers of the tests that run the programs as a user does."""
+import json
 import os
 import socket
 import subprocess
@@ -6,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
+import torch
+
 from datasets.toy import ToySettings, write_toy
+from tools import predict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,6 +19,8 @@ SMALL_MODEL = ("--backbone resnet18 --hidden_dim 32 --nheads 2 --dim_feedforward
                "--num_workers 1").split()
 SMALL_PRETRAIN = [*SMALL_MODEL, *"--pretrain_sizes 96 112 --pretrain_max_size 128 --patch_size 32 --batch_size 4".split()]
 SMALL_COCO = [*SMALL_MODEL, *"--train_sizes 96 112 --val_size 96 --max_size 128".split()]
+
+TRAIN = ["main.py", *SMALL_COCO, "--load_backbone", "none", "--epochs", "1"]
 
 LAUNCHERS = ("single", "torchrun", "launch")
 
@@ -25,10 +31,15 @@ def launcher_prefix(launcher: str) -> List[str]:
         return [sys.executable]
     if launcher == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}",
+            "--use_env"]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={port}", "--use_env"]
+        return probe.getsockname()[1]
 
 
 def run(arguments: List[str], launcher: str = "single", check: bool = True, env: Optional[Dict[str, str]] = None,
@@ -51,6 +62,45 @@ def run_config(name: str, flags: List[str], data_root: Path, processes: int = 1)
                           capture_output=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def weights(out: Path) -> Dict[str, torch.Tensor]:
+    """The weights that a run left in its output folder."""
+    return torch.load(out / "checkpoint.pth", weights_only=True)["model"]
+
+
+def log_lines(out: Path) -> List[dict]:
+    """The log of a run, an entry for each epoch."""
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def coco_tables(printed: str) -> List[str]:
+    """COCO's lines of an output, twelve to a table."""
+    return [line for line in printed.splitlines() if line.startswith(" Average")]
+
+
+def finds_something(table: List[str]) -> bool:
+    """Whether any figure of COCO's lines is above 0."""
+    return any(float(line.rpartition("=")[2]) > 0 for line in table)
+
+
+def write_agreeable_truth(checkpoint: Path, images: Path, annotations: Path, folder: Path) -> Path:
+    """Annotate images with every third object that a model finds in them, so that even one hardly trained finds some.
+
+    Returns:
+        The file, in `folder`.
+    """
+    words = ["--checkpoint", checkpoint, images, "--threshold", 0, "--output_dir", folder]
+    predict.main(predict.get_args_parser().parse_args(list(map(str, words))))
+    found = json.loads((folder / "detections.json").read_text())[::3]
+    listed = json.loads(annotations.read_text())["images"]
+    ids = {entry["file_name"]: entry["id"] for entry in listed}
+    truth = folder / "truth.json"
+    truth.write_text(json.dumps({
+        "images": listed, "categories": [{"id": label} for label in sorted({entry["category_id"] for entry in found})],
+        "annotations": [{"id": number, "image_id": ids[Path(entry["file_name"]).name], "bbox": entry["bbox"],
+                         "category_id": entry["category_id"]} for number, entry in enumerate(found, start=1)]}))
+    return truth
 
 
 def write_data_root(root: Path, **world: int) -> Path:

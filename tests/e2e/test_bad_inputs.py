@@ -7,10 +7,8 @@ import sys
 import pytest
 import torch
 
-from commands import ROOT, SMALL_COCO, SMALL_PRETRAIN, run
+from commands import ROOT, SMALL_PRETRAIN, TRAIN, run
 from datasets.toy import ToySettings, write_toy
-
-TRAIN = ["main.py", *SMALL_COCO, "--load_backbone", "none", "--epochs", "1"]
 
 
 @pytest.fixture(scope="module")

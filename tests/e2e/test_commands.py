@@ -1,6 +1,5 @@
 """The published commands, run as a user runs them, on real files."""
 import http.server
-import json
 import re
 import threading
 from functools import partial
@@ -9,7 +8,8 @@ import pytest
 import torch
 import torchvision
 
-from commands import LAUNCHERS, ROOT, SMALL_COCO, SMALL_PRETRAIN, run
+from commands import (LAUNCHERS, ROOT, SMALL_COCO, SMALL_PRETRAIN, coco_tables, finds_something, log_lines, run,
+                      write_agreeable_truth)
 from datasets.toy import ToySettings, write_toy
 
 ONE_EPOCH = ["--epochs", "1"]
@@ -54,10 +54,6 @@ def finetuned(toy, pretrained, tmp_path_factory):
     return out / "checkpoint.pth"
 
 
-def log_lines(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
 def test_published_pretraining_command_with_swav_resnet50(toy, weights_cache, tmp_path):
     """As printed but for the epochs, the batch and the image sizes: ResNet-50, 100 queries, 6 + 6 layers."""
     published = "--lr_drop 40 --epochs 60 --pre_norm --num_patches 10 --batch_size 32 --feature_recon --fre_cnn".split()
@@ -92,15 +88,17 @@ def test_finetuning(toy, pretrained, tmp_path, launcher):
     assert (tmp_path / "checkpoint_best.pth").exists()
 
 
-def test_evaluation_is_the_same_for_one_and_two_processes(toy, finetuned):
+def test_evaluation_is_the_same_for_one_and_two_processes(toy, finetuned, tmp_path):
+    truth = write_agreeable_truth(finetuned, toy / "coco/val2017", toy / "coco/annotations/instances_val2017.json", tmp_path)
     command = ["main.py", *"--batch_size 2 --eval --no_aux_loss --pre_norm".split(), "--coco_path", toy / "coco",
-               "--resume", finetuned, *SMALL_COCO]
+               "--val_annotations", truth, "--resume", finetuned, *SMALL_COCO]
     tables = []
     for launcher in ("single", "torchrun", "launch"):
         out = run(command, launcher).stdout
-        tables.append([line for line in out.splitlines() if line.startswith(" Average")])
+        tables.append(coco_tables(out))
         assert "AP50" in out  # the table of classes
     assert len(tables[0]) == 12 and tables[0] == tables[1] == tables[2]
+    assert finds_something(tables[0])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from commands import ROOT, SMALL_MODEL, run, write_data_root
+from commands import ROOT, SMALL_MODEL, log_lines, run, weights, write_data_root
 from main import get_args_parser
 from util import recipes
 
@@ -98,17 +98,13 @@ def runs(data_root, tmp_path_factory):
             *SMALL_FINE_TUNE, "--pretrain", folder / f"{PRETRAIN}.sh" / "checkpoint.pth"]
         first.append(words(name, *flags, data_root=data_root))
         second.append([*first[-1], "--epochs", "2", "--resume", "auto"])
-    printed, weights = [], {}
+    printed, before = [], {}
     for launcher, trainings in (("torchrun", first), ("single", second)):
         (folder / "trainings.json").write_text(json.dumps(trainings))
         printed.append(run(["tests/e2e/run_trainings.py", folder / "trainings.json"], launcher,
                            env={"PYTHONPATH": str(ROOT)}, timeout=300).stdout)
-        weights = weights or {name: weights_of(folder / name) for name in UPDETR}
-    return folder, weights, *printed
-
-
-def weights_of(out):
-    return torch.load(out / "checkpoint.pth", weights_only=True)["model"]
+        before = before or {name: weights(folder / name) for name in UPDETR}
+    return folder, before, *printed
 
 
 def test_up_detr_runs_with_two_processes_and_with_one(runs):
@@ -119,15 +115,15 @@ def test_up_detr_runs_with_two_processes_and_with_one(runs):
 
 @pytest.mark.parametrize("name", UPDETR)
 def test_up_detr_trains_what_its_recipe_says(name, runs):
-    folder, weights, _, _ = runs
+    folder, earlier, _, _ = runs
     pretraining = name.startswith(PRETRAIN)
-    before, after = weights[name], weights_of(folder / name)
+    before, after = earlier[name], weights(folder / name)
     assert ("patch2query.weight" in after) == pretraining
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     trains_cnn = not pretraining or "unfrozen" in name
     assert {"query_embed.weight", "bbox_embed.layers.2.weight"} <= changed
     assert any(key.startswith("backbone.0.body.layer4") for key in changed) == trains_cnn
-    lines = [json.loads(line) for line in (folder / name / "log.txt").read_text().splitlines()]
+    lines = log_lines(folder / name)
     assert len(lines) == 2 and all(0 < line["train_loss"] < 1000 for line in lines)
     assert all(("train_loss_feature" in line) == (pretraining and "no_rec" not in name) for line in lines)
     assert all(("test_coco_eval_bbox" in line) == (not pretraining) for line in lines)

@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from commands import ROOT, SMALL_MODEL, run, run_config, write_data_root
+from commands import (ROOT, SMALL_MODEL, coco_tables, finds_something, log_lines, run, run_config, weights,
+                      write_agreeable_truth, write_data_root)
 from main import get_args_parser, main
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("r50_deformable_detr*.sh"))
@@ -17,14 +18,6 @@ SMALL = [*SMALL_MODEL, *"--train_sizes 64 --val_size 64 --max_size 96 --num_quer
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     return write_data_root(tmp_path_factory.mktemp("data"), image_size=64, num_unlabelled=1, num_train=8, num_val=5)
-
-
-def log_lines(out):
-    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-
-
-def tables(printed):
-    return [line for line in printed.splitlines() if line.startswith(" Average")]
 
 
 def test_there_are_five_recipes():
@@ -44,9 +37,9 @@ def trained(data_root, tmp_path_factory):
             out = tmp_path_factory.mktemp("exps")
             small = [*SMALL, "--output_dir", out] + (["--backbone", "resnet50"] if "dc5" in name else [])
             first = run_config(name, small, data_root, processes=2)
-            weights = torch.load(out / "checkpoint.pth", weights_only=True)["model"]
+            before = weights(out)
             second = run_config(name, [*small, "--epochs", 2, "--resume", "auto"], data_root)
-            done[name] = out, weights, first, second
+            done[name] = out, before, first, second
         return done[name]
 
     return get
@@ -61,19 +54,21 @@ def test_recipe_trains_on_two_processes_and_goes_on_with_one(name, trained):
     assert f"num_feature_levels={1 if 'single_scale' in name else 4}" in stated and f"dilation={'dc5' in name}" in stated
     assert f"with_box_refine={'refinement' in name}" in stated and f"two_stage={name == TWO_STAGE}" in stated
     assert "2e-05 for " in first and "of reference_points and sampling_offsets" in first
-    assert "continuing with epoch 1" in second and len(tables(second)) == 12
+    assert "continuing with epoch 1" in second and len(coco_tables(second)) == 12
     for line in log_lines(out):
         assert len(line["test_coco_eval_bbox"]) == 12 and 0 < line["train_loss"] < 1000
         assert ("train_loss_ce_enc" in line) == (name == TWO_STAGE)
-    after = torch.load(out / "checkpoint.pth", weights_only=True)["model"]
+    after = weights(out)
     assert all(not torch.equal(after[key], before[key]) for key in after if "class_embed" in key or "value_proj.weight" in key)
 
 
-def test_evaluation_is_the_same_for_one_and_two_processes(trained, data_root):
-    out, _, _, printed = trained(TWO_STAGE)
-    two = run_config(TWO_STAGE, [*SMALL, "--eval", "--no_aux_loss", "--resume", out / "checkpoint.pth", "--output_dir", ""],
-                     data_root, processes=2)
-    assert len(tables(two)) == 12 and tables(two) == tables(printed)
+def test_evaluation_is_the_same_for_one_and_two_processes(trained, data_root, tmp_path):
+    checkpoint, coco = trained(TWO_STAGE)[0] / "checkpoint.pth", data_root / "MSCoco"
+    truth = write_agreeable_truth(checkpoint, coco / "val2017", coco / "annotations/instances_val2017.json", tmp_path)
+    one, two = (coco_tables(run_config(
+        TWO_STAGE, [*SMALL, "--eval", "--no_aux_loss", "--resume", checkpoint, "--val_annotations", truth, "--output_dir", ""],
+        data_root, processes)) for processes in (1, 2))
+    assert len(one) == 12 and one == two and finds_something(one)
 
 
 def test_resumed_run_is_bit_identical(data_root, tmp_path):

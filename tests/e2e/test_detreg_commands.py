@@ -8,12 +8,13 @@ import textwrap
 import pytest
 import torch
 
-from commands import ROOT, SMALL_MODEL, SMALL_PRETRAIN, run
+from commands import ROOT, SMALL_MODEL, SMALL_PRETRAIN, log_lines, run
 from datasets.toy import ToySettings, write_toy
 from main import get_args_parser, main
 from tools import cache_proposals, predict
 from util.errors import InputError
 from util.recipes import resolve
+from util.training_state import TrainingState
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("DETReg_*.sh"))
 PRETRAINING = {"DETReg_top30_in": "ilsvrc/train", "DETReg_top30_in100": "ilsvrc100/train",
@@ -71,10 +72,6 @@ def train(*flags):
     args = get_args_parser().parse_args(list(map(str, flags)))
     main(args)
     return torch.load(os.path.join(args.output_dir, "checkpoint.pth"), weights_only=True)
-
-
-def log_lines(out):
-    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
 
 
 # The recipes.
@@ -214,12 +211,20 @@ def test_evaluating_a_pre_training_as_a_detector_names_both_models(pretrained, d
               "--eval", "--resume", out / "checkpoint.pth")
 
 
-def test_a_seed_that_is_drawn_and_checkpoints_now_and_then(data_root, caches, tmp_path):
+def test_a_seed_that_is_drawn_and_checkpoints_now_and_then(data_root, caches, tmp_path, monkeypatch):
+    saved, whole = [], TrainingState.save
+
+    def save(self, args, epoch, *rest):
+        saved.append(epoch)
+        whole(self, args, epoch, *rest)
+
+    monkeypatch.setattr(TrainingState, "save", save)
     flags = ["--dataset", "coco_pretrain", "--data_root", data_root, *SMALL_REGIONS, "--cache_path",
              caches["MSCoco/train2017"], "--random_seed", "--save_every", 2, "--epochs", 3, "--batch_size", 16,
              "--output_dir", tmp_path]
     stored = train(*flags)
-    assert stored["epoch"] == 2 and stored["args"]["seed"] != 42 and len(log_lines(tmp_path)) == 3
+    assert saved == [1, 2] and stored["epoch"] == 2 and len(log_lines(tmp_path)) == 3
+    assert stored["args"]["seed"] != 42
 
 
 # Two processes.

@@ -1,7 +1,6 @@
 """tools/run_dist_launch.sh and tools/run_dist_slurm.sh: trainings by them, and what they say to wrong use."""
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import slurm_cluster
-from commands import ROOT, SMALL_COCO, run, write_data_root
+from commands import ROOT, SMALL_COCO, free_port, run, weights, write_data_root
 
 LAUNCH, SLURM = "./tools/run_dist_launch.sh", "./tools/run_dist_slurm.sh"
 CONFIG = "./configs/r50_deformable_detr.sh"
@@ -46,10 +45,6 @@ def by_torchrun(data_root, tmp_path_factory):
     return weights(out)
 
 
-def weights(out):
-    return torch.load(out / "checkpoint.pth", weights_only=True)["model"]
-
-
 def assert_equal(ours, theirs):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -63,9 +58,7 @@ def test_launch_trains_as_torchrun_does(data_root, by_torchrun, tmp_path):
 
 
 def test_two_launchers_make_one_training(data_root, by_torchrun, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     nodes = [start(LAUNCH, 2, CONFIG, *SMALL, "--output_dir", tmp_path, GPUS_PER_NODE=1, NODE_RANK=rank,
                    MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DATA_ROOT=data_root) for rank in range(2)]
     try:

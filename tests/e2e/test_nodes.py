@@ -1,14 +1,12 @@
 """torchrun over two nodes: two agents on this machine that meet at a port, with one process each."""
-import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from commands import ROOT, SMALL_COCO, run
+from commands import ROOT, SMALL_COCO, free_port, log_lines, run, weights
 from datasets.toy import ToySettings, write_toy
 
 
@@ -29,14 +27,7 @@ def one_node(training, tmp_path_factory):
 
 
 def result(folder):
-    weights = torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
-    return weights, [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return weights(folder), log_lines(folder)
 
 
 @pytest.mark.parametrize("rendezvous", ["c10d", "static"])
@@ -61,6 +52,6 @@ def test_two_nodes_train_as_one_does(training, one_node, tmp_path, rendezvous):
     # Only process 0 speaks, on whichever node it is.
     assert sorted(output.count("distributed: 2 processes, gloo, env://") for output in outputs) == [0, 1]
     assert sorted(output.count("effective batch size: 4 (2 processes x 2 images") for output in outputs) == [0, 1]
-    weights, log = result(tmp_path / "out")
+    model, log = result(tmp_path / "out")
     assert log == one_node[1]
-    assert all(torch.equal(weights[name], one_node[0][name]) for name in weights)
+    assert all(torch.equal(model[name], one_node[0][name]) for name in model)

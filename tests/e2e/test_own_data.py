@@ -4,10 +4,8 @@ import re
 
 import pytest
 
-from commands import SMALL_COCO, SMALL_PRETRAIN, run
+from commands import SMALL_COCO, SMALL_PRETRAIN, TRAIN, run
 from datasets.toy import ToySettings, write_toy
-
-TRAIN = ["main.py", *SMALL_COCO, "--load_backbone", "none", "--epochs", "1"]
 
 
 @pytest.fixture(scope="module")

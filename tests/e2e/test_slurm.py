@@ -11,7 +11,7 @@ import slurm_cluster
 from commands import ROOT, SMALL_COCO, run
 from datasets.toy import ToySettings, write_toy
 
-EPOCHS = 10
+EPOCHS = 20
 pytest.importorskip("submitit", reason="no submitit here (pip install -r requirements/cluster.txt)")
 WHY_NOT = slurm_cluster.missing()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no Slurm to be had: {WHY_NOT}")

@@ -51,6 +51,14 @@ def copy_weights(ours, theirs, own_names):
     theirs.load_state_dict({names[name]: value for name, value in state.items()}, strict=False)
 
 
+def randomise_batch_norm(module, generator):
+    """Frozen batch norms that do something."""
+    module.running_var.uniform_(0.5, 2.0, generator=generator)
+    module.running_mean.normal_(0, 0.2, generator=generator)
+    module.weight.uniform_(0.5, 1.2, generator=generator)
+    module.bias.normal_(0, 0.2, generator=generator)
+
+
 def _simplified(name):
     """Their names without what differs between versions of the library: containers, and three modules' names."""
     containers = r"^(model\.)?(backbone\.(conv_encoder\.)?(model\.|position_embedding\.)*|position_embedding\.)?"

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hugging_face import DEFORMABLE_DETR, copy_weights
+from hugging_face import DEFORMABLE_DETR, copy_weights, randomise_batch_norm
 from torch import nn
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
@@ -40,10 +40,7 @@ def randomise(model):
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if hasattr(module, "running_var"):
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-            module.running_mean.normal_(0, 0.2, generator=generator)
-            module.weight.uniform_(0.5, 1.2, generator=generator)
-            module.bias.normal_(0, 0.2, generator=generator)
+            randomise_batch_norm(module, generator)
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
             module.weight.uniform_(0.5, 1.5, generator=generator)
             module.bias.normal_(0, 0.2, generator=generator)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hugging_face import DETR, copy_weights
+from hugging_face import DETR, copy_weights, randomise_batch_norm
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, DetrForSegmentation, ResNetConfig
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss, ImageLoss
@@ -34,10 +34,7 @@ def randomise(model, images):
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if hasattr(module, "running_var"):
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-            module.running_mean.normal_(0, 0.2, generator=generator)
-            module.weight.uniform_(0.5, 1.2, generator=generator)
-            module.bias.normal_(0, 0.2, generator=generator)
+            randomise_batch_norm(module, generator)
         elif isinstance(module, nn.LayerNorm):
             module.weight.data.uniform_(0.5, 1.5, generator=generator)
             module.bias.data.normal_(0, 0.2, generator=generator)
@@ -188,11 +185,8 @@ def test_masks(segmentation_pair, images):
 
 
 def test_losses_of_masks(tiny_args):
-    """Targets of two sizes and an image without objects; all losses and their weighted sum."""
-    args = tiny_args(masks=True, dec_layers=3)
-    criterion = build_model(args)[1].eval()
-    config = hugging_face_detr(args).config
-    config.auxiliary_loss = True
+    """Targets of two sizes and an image without objects; the losses of the last layer."""
+    criterion = build_model(tiny_args(masks=True, dec_layers=3))[1].eval()
     generator = torch.Generator().manual_seed(1)
     logits = 2 * torch.randn(3, 3, 12, 6, generator=generator)
     boxes = 0.2 + 0.3 * torch.rand(3, 3, 12, 4, generator=generator)

@@ -110,7 +110,7 @@ def test_several_processes_need_a_launcher(no_launcher):
         distributed.init_distributed_mode(args)
 
 
-SLURM_STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
+SLURM_STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0"}
 
 
 def test_slurm_is_understood(no_launcher, monkeypatch, capsys):

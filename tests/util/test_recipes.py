@@ -287,7 +287,8 @@ def test_a_machine_without_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries",
-                                  "num_patches", "hidden_dim", "nheads", "dec_layers", "patch_size"])
+                                  "num_patches", "hidden_dim", "nheads", "dec_layers", "patch_size",
+                                  "pretrain_max_size"])
 def test_counts_must_be_positive(flag):
     for value in (0, -3):
         with pytest.raises(InputError, match=f"^--{flag} {value} must be at least 1$"):
@@ -340,8 +341,8 @@ def test_the_start_of_the_log_names_every_value():
 # The command line.
 
 # Flags of ours that no original has. A new flag is a decision: it enters this list with it.
-OWN = {"--accumulate_steps", "--amp", "--backbone_last_layer", "--num_classes",
-       "--match_within_group", "--load_embedding", "--position_from_centre", "--patch_size",
+OWN = {"--accumulate_steps", "--amp", "--tf32", "--compile", "--no_fuse", "--backbone_last_layer", "--num_classes",
+       "--match_within_group", "--group_by_aspect", "--load_embedding", "--position_from_centre", "--patch_size",
        "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
        "--crop_size", "--val_size", "--max_size", "--mask_softmax", "--local_rank", "--local-rank",

@@ -236,7 +236,7 @@ def test_a_cache_whose_arrays_do_not_go_together_is_refused(tmp_path):
             cache.read(0)
     manifest = tmp_path / "cache" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"num_parts": 16', '"num_parts": 0'))
-    with pytest.raises(InputError, match="num_parts is 0"):
+    with pytest.raises(InputError, match="num_parts is 0, not"):
         ProposalCache(tmp_path / "cache")
 
 

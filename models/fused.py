@@ -1,0 +1,208 @@
+"""Frozen batch normalisation, and ResNets that take a convolution, its normalisation, a residual and a ReLU in one step.
+
+The numbers are the same up to rounding. Normalisation by constants is a scale and a shift of each channel. The scale goes
+into the convolution's weights and the shift becomes its bias; on a CPU oneDNN then adds the residual and applies the ReLU
+while the result is still in the processor's registers. What is left out is memory traffic: on a CPU the separate steps
+cost up to three times as much as a 1×1 convolution itself.
+
+Weights that don't train are folded once. (To lay them out once as oneDNN likes best doesn't pay: its layout depends on the
+image's size, and one made for another size is many times slower.) `enable(False)` turns all of it off; modules that are
+compiled, scripted, traced or watched by hooks are never run this way.
+"""
+from typing import Any, List, Optional, Sequence, Tuple, Union
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+# What a network is made of that may be run by `resnet_maps`. Only its own code knows what to do with anything else.
+_KNOWN = (BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Identity)
+_enabled = True
+_folded: "WeakKeyDictionary[nn.Module, Tuple[Any, Tensor, Tensor]]" = WeakKeyDictionary()
+
+
+def enable(on: bool) -> None:
+    """Turn fused steps on or off, for the whole process."""
+    global _enabled
+    _enabled = on
+    forget()
+
+
+def forget() -> None:
+    """Drop folded weights, which are made anew when they are needed.
+
+    Changes of weights are noticed without it, but for those behind autograd's back (`weight.data.copy_(…)`).
+    """
+    _folded.clear()
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics and affine parameters are constants (buffers), as in fine-tuned detectors."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        self.register_buffer("weight", torch.ones(n))
+        self.register_buffer("bias", torch.zeros(n))
+        self.register_buffer("running_mean", torch.zeros(n))
+        self.register_buffer("running_var", torch.ones(n))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)  # an ordinary BatchNorm2d has it
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [B, n, H, W] channel by channel."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def can_fuse(resnet: nn.Module) -> bool:
+    """Whether `resnet_maps` may run this network: all of torchvision's own blocks, with frozen normalisation, unwatched."""
+    if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    for module in resnet.modules():
+        if module is not resnet and type(module) not in (*_KNOWN, FrozenBatchNorm2d) or isinstance(module, nn.Conv2d) and module.bias is not None:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+    return True
+
+
+def resnet_maps(resnet: nn.Module, layers: Sequence[str], x: Tensor) -> List[Tensor]:
+    """Images [B, 3, H, W] -> the maps after each of the named layers, which are a ResNet's first ones."""
+    x = x.contiguous(memory_format=memory_format(x))
+    x = resnet.maxpool(convolve(x, resnet.conv1, resnet.bn1))
+    maps = []
+    for layer in layers:
+        for block in getattr(resnet, layer):
+            x = _residual_block(block, x)
+        maps.append(x)
+    return maps
+
+
+def _residual_block(block: Union[BasicBlock, Bottleneck], x: Tensor) -> Tensor:
+    steps = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if isinstance(block, Bottleneck):
+        steps.append((block.conv3, block.bn3))
+    residual = x if block.downsample is None else convolve(x, *block.downsample, relu=False)
+    for conv, norm in steps[:-1]:
+        x = convolve(x, conv, norm)
+    return convolve(x, *steps[-1], residual=residual)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool = True, residual: Optional[Tensor] = None) -> Tensor:
+    """relu(norm(conv(x)) + residual).
+
+    Args:
+        x: [B, C, H, W].
+        conv: a convolution without bias and with zero padding; norm: a `FrozenBatchNorm2d`.
+        relu: False leaves the ReLU out.
+        residual: of the result's shape, or None.
+
+    Under autocast it computes in autocast's type, and returns that type.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    x = x.to(dtype)
+    residual = None if residual is None else residual.to(dtype)
+    geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    if torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad
+                                    or residual is not None and residual.requires_grad):
+        scale, shift = _scale_and_shift(norm)
+        return _TrainedConvolution.apply(x, conv.weight, scale, shift, residual, relu, geometry)
+    weight, bias = _constant_weights(conv, norm, x)
+    return _apply(x, weight, bias, residual, relu, geometry)
+
+
+class _TrainedConvolution(torch.autograd.Function):
+    """`convolve` with gradients to x, the convolution's weight and the residual. Keeps its input and its output alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], relu: bool,
+                geometry: Tuple[List[int], List[int], List[int], int]) -> Tensor:
+        folded = _fold(weight, scale, x)
+        out = _apply(x, folded, shift.to(x.dtype), residual, relu, geometry)
+        ctx.save_for_backward(x, folded, scale, out if relu else None)
+        ctx.geometry, ctx.weight_dtype = geometry, weight.dtype
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, folded, scale, out = ctx.saved_tensors
+        if out is not None:
+            grad = torch.ops.aten.threshold_backward(grad, out, 0)  # no gradient where the ReLU gave 0
+        stride, padding, dilation, groups = ctx.geometry
+        rows = x.device.type == "cpu" and folded.shape[2:] == (1, 1) and stride == [1, 1] and padding == [0, 0]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            _rows(grad) if rows else grad, _rows(x) if rows else x, folded, None, stride, padding, dilation, False, [0, 0],
+            groups, [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False])
+        if rows and grad_x is not None:
+            grad_x = grad_x.permute(0, 2, 3, 1).reshape(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype) * scale[:, None, None, None]
+        return grad_x, grad_weight, None, None, grad if ctx.needs_input_grad[4] else None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, H, W], channels last -> the same memory as [B * H, C, 1, W].
+
+    A 1×1 convolution doesn't care, but with one thread torch leaves small batches of them to slower code than oneDNN's.
+    """
+    return x.permute(0, 2, 3, 1).reshape(-1, 1, x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor, residual: Optional[Tensor], relu: bool,
+           geometry: Tuple[List[int], List[int], List[int], int]) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    if _onednn_takes(x):
+        one_dnn = torch.ops.mkldnn._convolution_pointwise
+        if residual is None:
+            return one_dnn(x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], "")
+        return one_dnn.binary(x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0,
+                              "relu" if relu else None, [], None)
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        out += residual
+    return out.relu_() if relu else out
+
+
+def _onednn_takes(x: Tensor) -> bool:
+    """Whether oneDNN's fused convolution, an operator that torch keeps for its own compiler, is there for this input."""
+    return (x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+            and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+            and (x.dtype == torch.float32
+                 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def _scale_and_shift(norm: nn.Module) -> Tuple[Tensor, Tensor]:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _fold(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    return (weight * scale[:, None, None, None]).to(x.dtype, memory_format=memory_format(x))
+
+
+def _constant_weights(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Folded weight and bias for x; kept from call to call as long as nothing they are made of changes."""
+    sources = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    key = None
+    if not any(source.is_inference() for source in sources):  # whose changes can't be told
+        key = (x.dtype, memory_format(x), *((source.data_ptr(), source._version) for source in sources))
+        kept = _folded.get(conv)
+        if kept is not None and kept[0] == key:
+            return kept[1:]
+    with torch.no_grad():
+        scale, shift = _scale_and_shift(norm)
+        weight, bias = _fold(conv.weight, scale, x), shift.to(x.dtype)
+    if key is not None:
+        _folded[conv] = (key, weight, bias)
+    return weight, bias
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Layout in which convolutions of x are fastest: channels last, but for float32 on GPUs outside their tensor cores."""
+    plain = x.is_cuda and x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    return torch.contiguous_format if plain else torch.channels_last

@@ -1,0 +1,235 @@
+"""Convolution, frozen normalisation, residual and ReLU in one step: the numbers and gradients of the separate steps."""
+import copy
+import pickle
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from models import build_model, fused
+from models.backbone import Backbone, ResNetBody
+from models.fused import FrozenBatchNorm2d
+
+
+@pytest.fixture(autouse=True)
+def fusing():
+    yield
+    fused.enable(True)
+
+
+def randomise(module, seed=0):
+    """Weights that keep the maps' scale, and normalisation that does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, FrozenBatchNorm2d):
+            part.weight.uniform_(0.5, 1.5, generator=generator)
+            part.running_var.uniform_(0.5, 1.5, generator=generator)
+            part.bias.normal_(0, 0.3, generator=generator)
+            part.running_mean.normal_(0, 0.3, generator=generator)
+    return module
+
+
+def make_body(name="resnet18", dilation=False, train=True):
+    torch.manual_seed(0)
+    return randomise(Backbone(name, train_backbone=train, return_interm_layers=True, dilation=dilation)).body
+
+
+def run(body, images, on, backwards=True):
+    """Maps and gradients of the body, with or without fused steps."""
+    fused.enable(on)
+    body.zero_grad()
+    maps = body(images)
+    if backwards:
+        generator = torch.Generator().manual_seed(1)
+        sum((m * torch.randn(m.shape, generator=generator)).sum() / m.std().detach() for m in maps[1:]).backward()
+    return maps, {name: p.grad for name, p in body.named_parameters() if p.grad is not None}
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Equal up to rounding, at the tensor's own scale."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("name, dilation", [("resnet18", False), ("resnet50", False), ("resnet50", True)])
+@pytest.mark.parametrize("shape", [(2, 3, 64, 96), (1, 3, 33, 47)])
+def test_fused_steps_give_the_maps_and_gradients_of_separate_ones(name, dilation, shape):
+    body = make_body(name, dilation)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    plain_maps, plain_gradients = run(body, images, on=False)
+    maps, gradients = run(body, images, on=True)
+    assert type(maps[-1].grad_fn).__name__ == "_TrainedConvolutionBackward"
+    for actual, expected in zip(maps, plain_maps):
+        assert_close(actual, expected)
+    assert gradients.keys() == plain_gradients.keys() and len(gradients) >= 15
+    for key in gradients:
+        assert_close(gradients[key], plain_gradients[key], 1e-2)  # a ReLU at 0 may fall to either side
+
+
+def test_without_onednns_operator_public_ones_do_the_same():
+    """In double precision, which oneDNN doesn't take, they agree to twelve digits, ReLUs at 0 included."""
+    body = make_body("resnet50").double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected, expected_gradients = run(body, images, on=False)
+    maps, gradients = run(body, images, on=True)
+    assert_close(maps[-1], expected[-1], 1e-11)
+    with torch.no_grad():
+        assert_close(body(images)[-1], expected[-1], 1e-11)
+    for key in gradients:
+        assert_close(gradients[key], expected_gradients[key], 1e-9)
+
+
+@pytest.mark.parametrize("kernel, stride, dilation", [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (7, 2, 1)])
+@pytest.mark.parametrize("relu, with_residual", [(True, True), (True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_step_is_the_composition_of_its_parts(kernel, stride, dilation, relu, with_residual, onednn, monkeypatch):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 16, kernel, stride, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
+    norm = randomise(FrozenBatchNorm2d(16))
+    x = torch.randn(2, 8, 13, 11, requires_grad=True)
+    residual = torch.randn_like(conv(x), requires_grad=True) if with_residual else None
+    if not onednn:
+        monkeypatch.setattr(fused, "_onednn_takes", lambda x: False)
+
+    def composition():
+        out = norm(conv(x))
+        out = out if residual is None else out + residual
+        return out.relu() if relu else out
+
+    sources = [source for source in (x, conv.weight, residual) if source is not None]
+    expected, actual = composition(), fused.convolve(x, conv, norm, relu, residual)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad((actual * weights).sum(), sources),
+                            torch.autograd.grad((expected * weights).sum(), sources)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.convolve(x, conv, norm, relu, residual), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_by_finite_differences():
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False).double(), randomise(FrozenBatchNorm2d(4)).double()
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x, residual, weight):
+        conv.weight = nn.Parameter(weight)
+        scale, shift = fused._scale_and_shift(norm)
+        return fused._TrainedConvolution.apply(x, weight, scale, shift, residual, True, ([2, 2], [1, 1], [1, 1], 1))
+
+    weight = conv.weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(function, (x, residual, weight))
+
+
+def test_changed_weights_are_seen_at_once():
+    """Folded weights are kept from call to call, but not beyond a change of what they are made of."""
+    body, images = make_body(train=False), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        first = body(images)[-1].clone()
+        assert torch.equal(body(images)[-1], first)
+        for change in (lambda: body.conv1.weight.mul_(2), lambda: body.layer3[0].bn1.bias.add_(1),
+                       lambda: body.load_state_dict(make_body("resnet18").state_dict()),
+                       lambda: setattr(body.layer4[0].conv1, "weight", nn.Parameter(torch.rand(512, 256, 3, 3) / 100))):
+            change()
+            after = body(images)[-1].clone()
+            assert not torch.equal(after, first)
+            assert_close(after, run(body, images, on=False, backwards=False)[0][-1])
+            fused.enable(True)
+            first = after
+
+
+def test_weights_changed_behind_autograds_back_are_seen_after_switching_modes():
+    """As averages of weights are often put in place: by `weight.data.copy_`, then `eval()`."""
+    body, images = make_body(train=False), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        first = body(images)[-1].clone()
+        body.layer4[1].conv2.weight.data.mul_(3)
+        body.eval()
+        assert not torch.equal(body(images)[-1], first)
+
+
+def test_inference_mode_and_copies_work():
+    body, images = make_body(train=False), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = body(images)[-1].clone()
+        inside = make_body(train=False)  # weights that are born in inference mode have no version
+        torch.testing.assert_close(inside(images)[-1], expected)
+        inside.conv1.weight.mul_(2)
+        assert not torch.equal(inside(images)[-1], expected)
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(body)(images)[-1], expected.clone())
+        torch.testing.assert_close(pickle.loads(pickle.dumps(body))(images)[-1], expected.clone())
+
+
+def test_state_dict_is_untouched():
+    body = make_body()
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    run(body, torch.randn(1, 3, 64, 64), on=True)
+    assert body.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items())
+
+
+def test_hooks_see_every_module():
+    """Whoever watches a module inside gets the separate steps."""
+    body, images, seen = make_body(), torch.randn(1, 3, 64, 64), []
+    handle = body.layer3[0].conv2.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    body(images)
+    assert seen == [(1, 256, 4, 4)]
+    handle.remove()
+    body(images)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("make_other", [
+    lambda: torchvision.models.resnet18(weights=None),  # normalises by its batches' own statistics
+    lambda: torchvision.models.resnet18(weights=None, norm_layer=lambda n: nn.GroupNorm(2, n)),
+])
+def test_other_normalisation_is_run_as_it_is(make_other):
+    resnet = make_other()
+    body, images = ResNetBody(resnet, "layer4", 1), torch.randn(2, 3, 64, 64)
+    assert not fused.can_fuse(body)
+    assert body(images)[-1].shape == (2, 512, 2, 2)
+
+
+def test_a_traced_body_is_made_of_public_operators():
+    body = make_body(train=False)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: body(x)[-1], images, check_trace=False)
+        assert "mkldnn::" not in str(traced.inlined_graph)
+        assert_close(traced(images), body(images)[-1])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_autocast_computes_in_its_type(train):
+    body = make_body("resnet50", train=train)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps, gradients = run(body, images, on=True, backwards=train)
+    assert all(feature.dtype == torch.bfloat16 for feature in maps)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    expected, _ = run(body, images, on=False, backwards=False)
+    error = (maps[-1].float() - expected[-1]).norm() / expected[-1].norm()
+    assert error < 0.03  # bfloat16 has 8 bits
+
+
+def test_one_training_step_is_that_of_separate_steps(tiny_args, images):
+    """A whole DETR: loss and the weights after a step."""
+    args = tiny_args()
+    results = []
+    for on in (True, False):
+        fused.enable(on)
+        torch.manual_seed(0)
+        model, criterion, _ = build_model(args)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        targets = [{"labels": torch.tensor([1, 2]), "boxes": torch.tensor([[.5, .5, .3, .3], [.3, .6, .2, .2]])}] * 2
+        losses = criterion(model(images), targets)
+        loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
+        loss.backward()
+        optimizer.step()
+        results.append((loss.detach(), {name: p.detach() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(value, results[1][1][name], rtol=1e-4, atol=1e-5)
