@@ -185,8 +185,8 @@ def image_entry_problems(images: list, source: str | os.PathLike) -> tuple[dict[
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
             problems.append(Problem("image_entry", where, "has no file_name", image=position))
         elif leaves_folder(image["file_name"]):
-            problems.append(Problem("image_entry", where, f"has the file_name {image['file_name']!r}, which leads out of "
-                                    "the image folder", image=position))
+            problems.append(Problem("image_entry", where, f"has the file_name {image['file_name']!r}, which leads out "
+                                    "of the image folder", image=position))
         elif not all(_is_number(side) and side >= 1 and side == int(side) for side in sides):
             problems.append(Problem("image_entry", where, f"has the size {image.get('width')}x{image.get('height')}, "
                                     "not two positive whole numbers", image=position))

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets import transforms as T
-from datasets.checks import (Problem, class_names, draw_segmentation, encode_segmentation, ground_truth_problems, is_count,
-                             raise_first, read_labelled_image)
+from datasets.checks import (Problem, class_names, draw_segmentation, encode_segmentation, ground_truth_problems,
+                             is_count, raise_first, read_labelled_image)
 from datasets.image_io import UnreadableImage, read_sizes
 from datasets.packed import pack_records
 from datasets.subsets import restriction
@@ -336,9 +336,9 @@ class DetectionDataset(Dataset):
     def _lay_out(self, ground_truth: dict) -> None:
         """Lays the annotations of all images out in flat tensors, which worker processes share.
 
-        Sets `_places`, each sample's place among the image entries; `_kept`, the places of the annotations that targets
-        are made from, those of the first sample first; `_objects`, their fields; and `_starts`, where the objects of each
-        sample start (and end).
+        Sets `_places`, each sample's place among the image entries; `_kept`, the places of the annotations that
+        targets are made from, those of the first sample first; `_objects`, their fields; and `_starts`, where the
+        objects of each sample start (and end).
         """
         images, annotations = ground_truth["images"], ground_truth["annotations"]
         self._places = torch.tensor([image["id"] for image in images]).argsort()
@@ -436,7 +436,7 @@ def read_ground_truth(ann_file: str | os.PathLike) -> dict:
 
 
 def forget_files() -> None:
-    """Lets go of the files that are remembered: gigabytes, which a training that has packed its part has no use for."""
+    """Lets go of the files that are remembered: gigabytes, of no use to a training that has packed its part."""
     _read_json.cache_clear()
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from datasets import coco
 from datasets.checks import image_entry_problems, raise_first
-from datasets.coco import (DetectionDataset, check_ground_truth, class_names, forget_files, image_folder, index_instances,
-                           locate, make_coco_transforms, num_classes_of, read_ground_truth, report_left_out,
-                           training_categories, transform_sizes)
+from datasets.coco import (DetectionDataset, check_ground_truth, class_names, forget_files, image_folder,
+                           index_instances, locate, make_coco_transforms, num_classes_of, read_ground_truth,
+                           report_left_out, training_categories, transform_sizes)
 from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
 from util.distributed import print_main
 from util.errors import InputError
@@ -158,7 +158,7 @@ class _Segments(COCO):
 
 
 def _segment_ids(ann_folder: Path, image: dict, source: str | os.PathLike, size: tuple[int, int] | None) -> np.ndarray:
-    """Decodes the segment ids, int32 [H, W], of an image entry's PNG, of `size` (height, width), or of any size for None."""
+    """Decodes the segment ids, int32 [H, W], of an image entry's PNG, of `size` (height, width), or any for None."""
     ids, problem = read_segment_ids(ann_folder / image["segments_file"], size, f"image id {image['id']} of {source}")
     if problem:
         raise InputError(problem.sentence)

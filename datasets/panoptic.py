@@ -117,8 +117,8 @@ def _annotation_fault(annotation: object, images: dict[int, dict]) -> str | None
     if not isinstance(annotation.get("file_name"), str) or not isinstance(annotation.get("segments_info"), list):
         return f"has an annotation of image id {image_id} without file_name and segments_info"
     if leaves_folder(annotation["file_name"]):
-        return (f"has an annotation of image id {image_id} with the file_name {annotation['file_name']!r}, which leads out "
-                "of the folder of the PNGs")
+        return (f"has an annotation of image id {image_id} with the file_name {annotation['file_name']!r}, which "
+                "leads out of the folder of the PNGs")
     return None
 
 

@@ -1,4 +1,4 @@
-"""Images that cannot be shown, though a training must go on: named, counted, replaced by the next one, up to a limit."""
+"""Images that cannot be shown, though a training must go on: named, counted, replaced by the next, up to a limit."""
 from __future__ import annotations
 
 import sys

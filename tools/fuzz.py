@@ -133,7 +133,8 @@ class Breaker:
             elif how == "repeat":
                 parent.append(copy.deepcopy(child))
             else:
-                child.text = self.choose(["", " ", "nan", "inf", "-5", "1e400", "12,5", "٣", "x" * 400, "../../a", "0x10", "\n7 "])
+                child.text = self.choose(["", " ", "nan", "inf", "-5", "1e400", "12,5", "٣", "x" * 400, "../../a", "0x10",
+                                          "\n7 "])
         broken = ElementTree.tostring(root, "utf-8")
         return self.bytes(broken) if self.choose([False] * 4 + [True]) else broken
 
