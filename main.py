@@ -403,6 +403,15 @@ def has_idle_heads(args: argparse.Namespace) -> bool:
     return bool(args.with_box_refine) and not args.aux_loss
 
 
+def distributed_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The model in the wrapper that averages gradients over processes."""
+    # Buffers are constants here (frozen batch norms, masks): nothing to broadcast at each step.
+    parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
+    return nn.parallel.DistributedDataParallel(model, **{sync: False}, find_unused_parameters=has_idle_heads(args),
+                                               device_ids=[args.gpu] if torch.device(args.device).type == "cuda" else None)
+
+
 def main(args: argparse.Namespace) -> None:
     """Run what the flags describe: evaluation, or training with evaluations in between."""
     recipes.resolve(args)
@@ -439,15 +448,7 @@ def main(args: argparse.Namespace) -> None:
         print_main(evaluation_summary(args, class_names, len(evaluation.dataset), objects_per_image(evaluation.dataset)))
         evaluation.run(model)
     else:
-        wrapped = model
-        if args.distributed:
-            # Buffers are constants here (frozen batch norms, masks): nothing to broadcast at each step.
-            parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
-            wrapped = nn.parallel.DistributedDataParallel(model, **{sync: False},
-                                                          find_unused_parameters=has_idle_heads(args),
-                                                          device_ids=[args.gpu] if device.type == "cuda" else None)
-        train(state, wrapped, criterion, evaluation, args)
+        train(state, distributed_model(model, args) if args.distributed else model, criterion, evaluation, args)
     shutdown()
 
 

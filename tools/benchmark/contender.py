@@ -1,16 +1,20 @@
-"""One who does the work that is timed: a checkout, or Hugging Face's model.
+"""One who does the work that is timed: a checkout, this one or another.
 
-The benchmark uses these classes itself for its own checkout. For others it runs this file in a process of their own, where
-`main`, `models` and so on are theirs; it reads commands, JSON lines, and answers them. Hence it imports nothing of the
-project at the top, and asks of a checkout only this: `main.get_args_parser()`; `models.build_model(args)`, which returns
-(model, criterion, postprocessors); `util.misc.nested_tensor_from_tensor_list(images)`; a model that takes what that
-returns (UP-DETR's also patches [B, M, 3, P, P]); a criterion with a `weight_dict`; `postprocessors["bbox"]`.
+The benchmark uses these classes itself for its own checkout. For others it runs this file in a process of their own,
+where `main`, `models` and so on are theirs; it reads commands, JSON lines, and answers them. Hence it imports nothing of
+the project at the top. Of a checkout it asks only this:
+
+- models: `main.get_args_parser()`; `models.build_model(args)`, which returns (model, criterion, postprocessors);
+  `util.misc.nested_tensor_from_tensor_list(images)`; a model that takes what that returns (UP-DETR's also patches
+  [B, M, 3, P, P]); a criterion with a `weight_dict`; `postprocessors["bbox"](outputs, sizes)`;
+- samples: `datasets.build_dataset("train", args)`;
+- evaluation: `datasets.get_coco_api_from_dataset(dataset)` and `datasets.coco_eval.CocoEvaluator(coco, ["bbox"])` with
+  `update`, `synchronize_between_processes`, `accumulate`, `summarize` and `coco_eval["bbox"].stats`.
 """
 import contextlib
 import importlib
 import json
 import os
-import re
 import sys
 import time
 from typing import Any, Dict, Iterable, Iterator, List
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TRAINED_STAGES = re.compile(r"\.stages\.[123]\.")  # of Hugging Face's ResNet: torchvision's layer2 … layer4
+EVALUATED_AT_ONCE = 16  # images
 ENDLESS = 10 ** 6  # steps of the training that is timed; it is left when enough are
 
 
@@ -38,24 +42,45 @@ class Endless:
 
 
 class Checkout:
-    """The models of the checkout whose modules can be imported.
+    """What one turn of work is, in the checkout whose modules can be imported.
 
     Args:
-        spec: `flags` for main.py, of which those that it doesn't know are left out and kept in `ignored`; `batch`, a file
-            or dict, see `workloads.make_batch`; `seed`; `weights`, a file with a state_dict, or None.
+        spec: `flags` for main.py, of which those that it doesn't know are left out and kept in `ignored`; `data`, what the
+            work needs, or a file with it; `seed`.
     """
 
     def __init__(self, spec: Dict[str, Any]) -> None:
         parser = importlib.import_module("main").get_args_parser()
         self.args, self.ignored = parser.parse_known_args(spec["flags"])
+        if is_this_repository():
+            importlib.import_module("util.recipes").resolve(self.args)
         self.device = torch.device(self.args.device)
         torch.manual_seed(spec["seed"])
+
+    def check(self) -> Dict[str, Any]:
+        """What can be compared with the others' results: `loss`, a number, and tensors."""
+        return {}
+
+    def run(self, turns: Iterable[Any]) -> None:
+        """One unit of work for each of the turns."""
+        raise NotImplementedError
+
+
+class Model(Checkout):
+    """A model with its criterion.
+
+    Args:
+        spec: see `Checkout`; `data` as of `workloads.make_batch`; `weights`, a file with a state_dict, or None.
+    """
+
+    def __init__(self, spec: Dict[str, Any]) -> None:
+        super().__init__(spec)
         self.model, self.criterion, self.postprocessors = importlib.import_module("models").build_model(self.args)
         self.model.to(self.device)
         self.criterion.to(self.device)
         if spec["weights"]:
             self.model.load_state_dict(torch.load(spec["weights"], map_location=self.device, weights_only=True))
-        batch = read_batch(spec["batch"])
+        batch = read_data(spec["data"])
         images = importlib.import_module("util.misc").nested_tensor_from_tensor_list(batch["images"])
         self.batch = (images, *([] if batch["patches"] is None else [batch["patches"]]), tuple(batch["targets"]))
         self.amp_dtype = AMP_TYPES.get(getattr(self.args, "amp", None))
@@ -66,8 +91,7 @@ class Checkout:
     def on_device(self) -> Any:
         """The batch's inputs and targets, moved to the device."""
         *inputs, targets = self.batch
-        return ([item.to(self.device) for item in inputs],
-                [{name: value.to(self.device) for name, value in target.items()} for target in targets])
+        return [item.to(self.device) for item in inputs], moved(list(targets), self.device)
 
     @torch.no_grad()
     def check(self) -> Dict[str, Any]:
@@ -80,17 +104,23 @@ class Checkout:
         loss = weighted_sum(self.criterion(outputs, targets), self.criterion.weight_dict)
         return {"loss": float(loss), **{name: outputs[name].float().cpu() for name in ("pred_logits", "pred_boxes")}}
 
-    def train(self, turns: Iterable[Any]) -> None:
-        """A training step in each turn: our engine's, or one like it where a checkout isn't of this repository."""
-        optimizer = self.build_optimizer()
-        if not is_this_repository():
-            self._train_plainly(turns, optimizer)
-            return
+
+class Training(Model):
+    """A training step: that of the checkout's engine, or one like it where a checkout isn't of this repository."""
+
+    def run(self, turns: Iterable[Any]) -> None:
+        if is_this_repository():
+            self.train_on(Endless(self.batch, turns))
+        else:
+            self._train_plainly(turns)
+
+    def train_on(self, loader: Iterable[Any]) -> None:
+        """Train with the engine on the batches of a loader."""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         with contextlib.redirect_stdout(None):
             importlib.import_module("engine").train_one_epoch(
-                self.model, self.criterion, Endless(self.batch, turns), optimizer, self.device, 0,
-                self.args.clip_max_norm, amp_dtype=self.amp_dtype, scaler=scaler)
+                self.model, self.criterion, loader, self.build_optimizer(), self.device, 0, self.args.clip_max_norm,
+                amp_dtype=self.amp_dtype, scaler=scaler)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         if is_this_repository():
@@ -101,7 +131,8 @@ class Checkout:
                 groups["backbone" in name].append(parameter)
         return torch.optim.AdamW([{"params": group} for group in groups if group], lr=1e-5, weight_decay=1e-4)
 
-    def _train_plainly(self, turns: Iterable[Any], optimizer: torch.optim.Optimizer) -> None:
+    def _train_plainly(self, turns: Iterable[Any]) -> None:
+        optimizer = self.build_optimizer()
         self.model.train()
         self.criterion.train()
         for _ in turns:
@@ -114,9 +145,12 @@ class Checkout:
             nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
             optimizer.step()
 
+
+class Inference(Model):
+    """Images that are on the device -> detections."""
+
     @torch.no_grad()
-    def inference(self, turns: Iterable[Any]) -> None:
-        """Images that are on the device -> detections, in each turn."""
+    def run(self, turns: Iterable[Any]) -> None:
         self.model.eval()
         inputs, targets = self.on_device()
         sizes = torch.stack([target["orig_size"] for target in targets])
@@ -126,93 +160,78 @@ class Checkout:
             self.postprocessors["bbox"](outputs, sizes)
 
 
-class HuggingFace:
-    """transformers' DETR or Deformable DETR with random weights, of the size that our flags say.
+class Losses(Checkout):
+    """Matching and losses of made-up outputs.
 
     Args:
-        spec: `options`, our resolved flags; `batch` and `seed` as for `Checkout`.
+        spec: see `Checkout`; `data` holds `outputs` and `targets`.
     """
 
     def __init__(self, spec: Dict[str, Any]) -> None:
-        from transformers.utils import logging
-        logging.set_verbosity_error()
-        options = spec["options"]
-        torch.manual_seed(spec["seed"])
-        self.device = torch.device(options["device"])
-        self.model = _hugging_face_model(options).to(self.device)
-        for name, parameter in self.model.named_parameters():  # its own freezing takes all of this backbone
-            if "backbone" in name:
-                parameter.requires_grad_(bool(TRAINED_STAGES.search(name)) and options["lr_backbone"] > 0)
-        self.amp_dtype = AMP_TYPES.get(options["amp"])
-        self.learning_rate = options["lr"]
-        self.deformable = options["model"] == "deformable_detr"
-        self.ignored: List[str] = []
-        batch = read_batch(spec["batch"])
-        self.images = torch.stack(batch["images"])
-        self.labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in batch["targets"]]
+        super().__init__(spec)
+        self.criterion = importlib.import_module("models").build_model(self.args)[1].to(self.device).train()
+        data = read_data(spec["data"])
+        self.outputs, self.targets = moved(data["outputs"], self.device), moved(data["targets"], self.device)
 
     def check(self) -> Dict[str, Any]:
-        """Nothing to compare: the weights are others."""
-        return {}
+        return {"loss": float(self.loss().detach())}
 
-    def train(self, turns: Iterable[Any]) -> None:
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
-        self.model.train()
+    def loss(self) -> Tensor:
+        return weighted_sum(self.criterion(self.outputs, self.targets), self.criterion.weight_dict)
+
+    def run(self, turns: Iterable[Any]) -> None:
         for _ in turns:
-            images, mask, labels = self._on_device()
-            with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-                loss = self.model(pixel_values=images, pixel_mask=mask, labels=labels).loss
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, 0.1)
-            scaler.step(optimizer)
-            scaler.update()
+            self.loss()
 
-    @torch.no_grad()
-    def inference(self, turns: Iterable[Any]) -> None:
-        from transformers import DeformableDetrImageProcessor, DetrImageProcessor
-        processor = DeformableDetrImageProcessor() if self.deformable else DetrImageProcessor()
-        self.model.eval()
-        images, mask, _ = self._on_device()
-        sizes = torch.tensor([list(image.shape[1:]) for image in images], device=self.device)
+
+class Samples(Checkout):
+    """A training sample, one after the other."""
+
+    def __init__(self, spec: Dict[str, Any]) -> None:
+        super().__init__(spec)
+        with contextlib.redirect_stdout(None):
+            self.dataset = importlib.import_module("datasets").build_dataset("train", self.args)
+
+    def run(self, turns: Iterable[Any]) -> None:
+        for turn, _ in enumerate(turns):
+            if turn % len(self.dataset) == 0 and hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(turn // len(self.dataset))
+            self.dataset[turn % len(self.dataset)]
+
+
+class Evaluation(Checkout):
+    """COCO's measures of detections on all validation images.
+
+    Args:
+        spec: see `Checkout`; `data` holds the detections by image id.
+    """
+
+    def __init__(self, spec: Dict[str, Any]) -> None:
+        super().__init__(spec)
+        datasets = importlib.import_module("datasets")
+        self.evaluator = importlib.import_module("datasets.coco_eval").CocoEvaluator
+        with contextlib.redirect_stdout(None):
+            self.truth = datasets.get_coco_api_from_dataset(datasets.build_dataset("val", self.args))
+        self.detections = read_data(spec["data"])
+
+    def check(self) -> Dict[str, Any]:
+        return {"stats": self.evaluate(EVALUATED_AT_ONCE)}
+
+    def run(self, turns: Iterable[Any]) -> None:
         for _ in turns:
-            with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-                outputs = self.model(pixel_values=images, pixel_mask=mask)
-            processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+            self.evaluate(EVALUATED_AT_ONCE)
 
-    def _on_device(self) -> Any:
-        images = self.images.to(self.device)
-        mask = torch.ones(images[:, 0].shape, dtype=torch.int64, device=self.device)
-        return images, mask, [{name: value.to(self.device) for name, value in label.items()} for label in self.labels]
-
-
-RESNETS = {"resnet18": ("basic", [2, 2, 2, 2]), "resnet34": ("basic", [3, 4, 6, 3]),
-           "resnet50": ("bottleneck", [3, 4, 6, 3]), "resnet101": ("bottleneck", [3, 4, 23, 3])}
-
-
-def _hugging_face_model(options: Dict[str, Any]) -> nn.Module:
-    from transformers import (DeformableDetrConfig, DeformableDetrForObjectDetection, DetrConfig, DetrForObjectDetection,
-                              ResNetConfig)
-    layer_type, depths = RESNETS[options["backbone"]]
-    deformable = options["model"] == "deformable_detr"
-    widths = [64, 128, 256, 512] if layer_type == "basic" else [256, 512, 1024, 2048]
-    backbone = ResNetConfig(layer_type=layer_type, depths=depths, hidden_sizes=widths,
-                            out_features=["stage2", "stage3", "stage4"] if deformable else ["stage4"])
-    common = dict(backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
-                  num_queries=options["num_queries"], d_model=options["hidden_dim"], dropout=options["dropout"],
-                  encoder_layers=options["enc_layers"], decoder_layers=options["dec_layers"],
-                  encoder_ffn_dim=options["dim_feedforward"], decoder_ffn_dim=options["dim_feedforward"],
-                  encoder_attention_heads=options["nheads"], decoder_attention_heads=options["nheads"],
-                  num_labels=options["num_classes"] or 91, auxiliary_loss=options["aux_loss"])
-    if not deformable:
-        return DetrForObjectDetection(DetrConfig(**common))
-    return DeformableDetrForObjectDetection(DeformableDetrConfig(
-        **common, num_feature_levels=options["num_feature_levels"], encoder_n_points=options["enc_n_points"],
-        decoder_n_points=options["dec_n_points"], with_box_refine=options["with_box_refine"],
-        two_stage=options["two_stage"]))
+    def evaluate(self, at_once: int) -> Tensor:
+        """The twelve numbers, of detections that come so many images at once."""
+        with contextlib.redirect_stdout(None):
+            evaluator = self.evaluator(self.truth, ["bbox"])
+            ids = list(self.detections)
+            for start in range(0, len(ids), at_once):
+                evaluator.update({key: self.detections[key] for key in ids[start:start + at_once]})
+            evaluator.synchronize_between_processes()
+            evaluator.accumulate()
+            evaluator.summarize()
+        return torch.tensor([float(number) for number in evaluator.coco_eval["bbox"].stats])
 
 
 def is_this_repository() -> bool:
@@ -220,12 +239,22 @@ def is_this_repository() -> bool:
     return hasattr(importlib.import_module("main"), "build_optimizer")
 
 
-def read_batch(batch: Any) -> Dict[str, Any]:
-    return batch if isinstance(batch, dict) else torch.load(batch, weights_only=True)
+def read_data(data: Any) -> Any:
+    return torch.load(data, weights_only=True) if isinstance(data, str) else data
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Dicts and lists of tensors, with these on the device."""
+    if isinstance(value, dict):
+        return {name: moved(item, device) for name, item in value.items()}
+    return [moved(item, device) for item in value] if isinstance(value, list) else value.to(device)
 
 
 def weighted_sum(losses: Dict[str, Tensor], weights: Dict[str, float]) -> Tensor:
     return sum(losses[name] * weights[name] for name in losses if name in weights)
+
+
+CONTENDERS = {"training": Training, "inference": Inference, "losses": Losses, "samples": Samples, "evaluation": Evaluation}
 
 
 class Server:
@@ -253,12 +282,14 @@ class Server:
         sys.path[0] = spec["root"]
         torch.set_num_threads(spec["threads"])
         try:
-            contender = (Checkout if spec["kind"] == "checkout" else HuggingFace)(spec)
+            kinds = CONTENDERS
+            if spec["kind"] == "hf":
+                kinds = importlib.import_module("tools.benchmark.hugging_face").CONTENDERS
+            contender = kinds[spec["work"]](spec)
             found = contender.check()
-            if found:
-                torch.save({name: value for name, value in found.items() if name != "loss"}, spec["outputs"])
-            self.answer(ready=True, loss=found.get("loss"), ignored=contender.ignored)
-            getattr(contender, spec["work"])(self.turns(contender.device))
+            torch.save(found, spec["outputs"])
+            self.answer(compared=bool(found), ignored=contender.ignored)
+            contender.run(self.turns(contender.device))
         except Exception as error:  # whatever a foreign checkout raises is the benchmark's to tell
             self.answer(error=f"{type(error).__name__}: {error}")
             raise

@@ -33,12 +33,16 @@ def _cpu_name() -> str:
 
 def matrix_product_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations per second that torch reaches in products of large square matrices of this type, with
-    the threads that it is set to: the best of some sizes."""
+    the threads that it is set to: the best of some sizes, as a product and as a 1x1 convolution, which torch may hand to
+    another library."""
     best = 0.0
     for side in MATRIX_SIDES[device.type]:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        timer = Timer("torch.mm(a, b)", globals={"torch": torch, "a": a, "b": b}, num_threads=torch.get_num_threads())
-        best = max(best, 2 * side ** 3 / timer.blocked_autorange(min_run_time=0.3).median)
+        pixels = a.view(1, side, 1, side).permute(0, 3, 1, 2)  # a map of side pixels with side channels, channels last
+        for statement in ("torch.mm(a, b)", "torch.conv2d(pixels, kernel)"):
+            timer = Timer(statement, globals={"torch": torch, "a": a, "b": b, "pixels": pixels, "kernel": b[..., None, None]},
+                          num_threads=torch.get_num_threads())
+            best = max(best, 2 * side ** 3 / timer.blocked_autorange(min_run_time=0.2).median)
     return best
 
 
@@ -55,10 +59,9 @@ class PeakMemory:
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.before_mb = torch.cuda.memory_allocated(self.device) / 2 ** 20
         else:
             _forget_peak()
-            self.before_mb = _status_mb("VmRSS")
+        self.before_mb = held_mb(self.device)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -66,6 +69,11 @@ class PeakMemory:
             self.mb = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
         else:
             self.mb = _status_mb("VmHWM")
+
+
+def held_mb(device: torch.device) -> float:
+    """Memory held now, see `PeakMemory`."""
+    return torch.cuda.memory_allocated(device) / 2 ** 20 if device.type == "cuda" else _status_mb("VmRSS")
 
 
 def _forget_peak() -> None:

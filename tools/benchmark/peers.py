@@ -1,15 +1,20 @@
 """Others to compare with, each in a process of its own: Hugging Face's models, or another checkout."""
+import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional, Tuple
 
+import torch
+
+from tools.benchmark.contender import CONTENDERS
+from tools.benchmark.rounds import Rounds
 from util.errors import InputError
 
 CONTENDER = Path(__file__).with_name("contender.py")
 HUGGING_FACE = "hf"
-WITH_HUGGING_FACE = ("detr_finetune", "deformable_finetune", "detr_inference", "deformable_inference")
 
 
 class Peer:
@@ -53,7 +58,68 @@ class Peer:
         lines = self.log.read_text().strip().splitlines()
         return lines[-1] if lines else f"it ended with status {self.process.wait()}"
 
+    def compared_with(self, checked: Dict[str, Any]) -> Dict[str, Any]:
+        """How its results differ from ours, where both have any."""
+        found = torch.load(self.outputs, weights_only=True) if self.ready["compared"] else {}
+        result = {"loss": found.pop("loss")} if "loss" in found else {}
+        if self.ready["ignored"]:
+            result["unknown_flags"] = self.ready["ignored"]
+        return {**result, **{f"largest_difference_of_{name}": float((value - checked[name]).abs().max())
+                             for name, value in found.items()}}
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
+
+
+def contest(work: str, spec: Dict[str, Any], args: argparse.Namespace, images: int,
+            options: Optional[Dict[str, Any]] = None) -> Tuple[Any, Dict[str, Any]]:
+    """Time a kind of work, ours and that of `args.against` in turn.
+
+    Args:
+        work: one of `contender.CONTENDERS`.
+        spec: for ours, see `contender`. Checkouts get the same, and our weights if the work has a model.
+        args: the benchmark's flags.
+        images: how many one turn works through.
+        options: our resolved flags for Hugging Face's models; None if these can't do it.
+
+    Returns:
+        our contender, and `ours`, `against` as of `Rounds.results` with what could be compared besides the time.
+    """
+    ours = CONTENDERS[work](spec)
+    checked = ours.check()
+    peers: List[Peer] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for number, name in enumerate(args.against):
+                if name != HUGGING_FACE or options is not None:
+                    peers.append(_peer(name, work, spec, ours, options, Path(folder) / str(number)))
+            rounds = Rounds(args.seconds, ours.device, {peer.name: peer.turn for peer in peers})
+            ours.run(rounds)
+            result = rounds.results(images)
+            for peer in peers:
+                result["against"][peer.name].update(peer.compared_with(checked))
+        finally:
+            for peer in peers:
+                peer.close()
+    if HUGGING_FACE in args.against and options is None:
+        result["against"][HUGGING_FACE] = {"note": "Hugging Face has no such thing"}
+    return ours, {**({"loss": checked["loss"]} if "loss" in checked else {}), **result}
+
+
+def _peer(name: str, work: str, spec: Dict[str, Any], ours: Any, options: Optional[Dict[str, Any]],
+          folder: Path) -> Peer:
+    """Start one of the others, with what it needs as files in a new folder."""
+    folder.mkdir()
+    mine = {**spec, "kind": "checkout", "work": work, "threads": torch.get_num_threads(),
+            "outputs": str(folder / "outputs.pt")}
+    if "data" in spec:
+        mine["data"] = str(folder / "data.pt")
+        torch.save(spec["data"], mine["data"])
+    if name == HUGGING_FACE:
+        mine.update(kind=HUGGING_FACE, options=options)
+    elif "weights" in spec:
+        mine["weights"] = str(folder / "weights.pt")
+        torch.save(ours.model.state_dict(), mine["weights"])
+    return Peer(name, mine, folder / "log.txt")

@@ -19,8 +19,9 @@ def synchronize(device: torch.device) -> None:
 class Rounds:
     """Iterate over it and do one unit of work for each item: `times[OURS]` then holds the seconds that each took.
 
-    After each of our turns the others have theirs. The first `WARM_UP` rounds are not counted; then it goes on until our
-    turns took `seconds` together, and at least `LEAST_REPEATS` times.
+    After each of our turns the others have theirs. The first `WARM_UP` rounds are not counted, or just the first one if it
+    takes longer than `seconds`; then it goes on until our turns took `seconds` together, and at least `LEAST_REPEATS`
+    times.
 
     Args:
         seconds: see above.
@@ -34,7 +35,7 @@ class Rounds:
         self.times: Dict[str, List[float]] = {name: [] for name in (OURS, *self.others)}
 
     def __iter__(self) -> Iterator[int]:
-        turn = 0
+        turn, warm_up = 0, WARM_UP
         while len(self.times[OURS]) < LEAST_REPEATS or sum(self.times[OURS]) < self.seconds:
             synchronize(self.device)
             start = time.perf_counter()
@@ -42,7 +43,9 @@ class Rounds:
             synchronize(self.device)
             took = {OURS: time.perf_counter() - start}
             took.update({name: other() for name, other in self.others.items()})
-            if turn >= WARM_UP:
+            if turn == 0 and took[OURS] > self.seconds:
+                warm_up = 1
+            if turn >= warm_up:
                 for name, seconds in took.items():
                     self.times[name].append(seconds)
             turn += 1

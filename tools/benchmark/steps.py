@@ -2,99 +2,42 @@
 import argparse
 import contextlib
 import statistics
-import tempfile
-from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.benchmark.contender import AMP_TYPES, Checkout
+from tools.benchmark.contender import AMP_TYPES, Model
 from tools.benchmark.counting import HostReads, Stopwatch, cuda_events
 from tools.benchmark.machine import PeakMemory
-from tools.benchmark.peers import HUGGING_FACE, WITH_HUGGING_FACE, Peer
-from tools.benchmark.rounds import Rounds
-from tools.benchmark.workloads import SEED, WORKLOADS, Workload, make_batch, model_flags, parse_main_flags, size_of
+from tools.benchmark.peers import contest
+from tools.benchmark.workloads import SEED, WORKLOADS, make_batch, model_flags, parse_main_flags, size_of
 
 COMPONENT_STEPS = 3
 
 
-def measure_step(name: str, args: argparse.Namespace, peaks: Dict[str, float]) -> Dict[str, Any]:
+def measure_step(name: str, args: argparse.Namespace, peak: float) -> Dict[str, Any]:
     """All figures of one of `WORKLOADS`; see docs/speed.md.
 
     Args:
-        peaks: by type, the matrix product's operations per second.
+        peak: operations per second of matrix products in the type that `--amp` says.
     """
     workload = WORKLOADS[name]
     words = model_flags(workload.flags, args)
     options = parse_main_flags(words)
     batch_size = args.train_batch if workload.training else args.inference_batch
     height, width = size_of(workload, args)
-    result: Dict[str, Any] = {"title": workload.title, "kind": "step", "images": batch_size, "size": [height, width]}
-    with tempfile.TemporaryDirectory() as folder:
-        batch = make_batch(workload.dataset_file, options, batch_size, (height, width))
-        spec = {"flags": words, "batch": batch, "seed": SEED, "weights": None}
-        ours = Checkout(spec)
-        checked = ours.check()
-        result["loss"] = checked["loss"]
-        peers = start_peers(name, workload, args, options, {**spec, "batch": str(Path(folder) / "batch.pt")}, ours, folder)
-        try:
-            rounds = Rounds(args.seconds, ours.device, {peer.name: peer.turn for peer in peers})
-            work(ours, workload)(rounds)
-            result.update(rounds.results(batch_size))
-        finally:
-            for peer in peers:
-                peer.close()
-        for peer in peers:
-            result["against"][peer.name].update(comparison(peer, checked, folder))
-        if HUGGING_FACE in args.against and name not in WITH_HUGGING_FACE:
-            result["against"][HUGGING_FACE] = {"note": "Hugging Face has no such model"}
-    result.update(inside(ours, workload))
-    kind = args.amp or "fp32"
+    batch = make_batch(workload.dataset_file, options, batch_size, (height, width))
+    kind = "training" if workload.training else "inference"
+    ours, result = contest(kind, {"flags": words, "data": batch, "seed": SEED, "weights": None}, args, batch_size,
+                           vars(options) if workload.at_hugging_face else None)
+    result = {"title": workload.title, "images": batch_size, "size": [height, width], **result, **inside(ours)}
     rate = result["flops"] / result["ours"]["median_ms"] * 1000
-    result.update(gflops_per_s=rate / 1e9, share_of_peak=rate / peaks[kind])
-    return result
+    return {**result, "gflops_per_s": rate / 1e9, "share_of_peak": rate / peak}
 
 
-def work(contender: Checkout, workload: Workload) -> Any:
-    return contender.train if workload.training else contender.inference
-
-
-def start_peers(name: str, workload: Workload, args: argparse.Namespace, options: argparse.Namespace,
-                spec: Dict[str, Any], ours: Checkout, folder: str) -> List[Peer]:
-    """The others of `--against` that can do this work; checkouts get our weights if they fit."""
-    if not args.against:
-        return []
-    batch = {**make_batch(workload.dataset_file, options, len(ours.batch[-1]), size_of(workload, args))}
-    torch.save(batch, spec["batch"])
-    weights = str(Path(folder) / "weights.pt")
-    torch.save(ours.model.state_dict(), weights)
-    peers = []
-    for number, other in enumerate(args.against):
-        if other == HUGGING_FACE and name not in WITH_HUGGING_FACE:
-            continue
-        mine = {**spec, "work": "train" if workload.training else "inference", "threads": torch.get_num_threads(),
-                "outputs": str(Path(folder) / f"outputs{number}.pt")}
-        if other == HUGGING_FACE:
-            mine.update(kind=HUGGING_FACE, options={key: value for key, value in vars(options).items()
-                                                    if isinstance(value, (int, float, str, type(None)))})
-        else:
-            mine.update(kind="checkout", weights=weights)
-        peers.append(Peer(other, mine, Path(folder) / f"log{number}.txt"))
-    return peers
-
-
-def comparison(peer: Peer, checked: Dict[str, Any], folder: str) -> Dict[str, Any]:
-    """How a checkout's results on the same batch with the same weights differ from ours."""
-    if peer.ready["loss"] is None:
-        return {}
-    theirs = torch.load(peer.outputs, weights_only=True)
-    return {"loss": peer.ready["loss"], "unknown_flags": peer.ready["ignored"],
-            **{f"largest_difference_of_{name}": float((theirs[name] - checked[name]).abs().max()) for name in theirs}}
-
-
-def inside(contender: Checkout, workload: Workload) -> Dict[str, Any]:
+def inside(contender: Model) -> Dict[str, Any]:
     """Of single steps: floating point operations, reads by the host, operators, peak memory, and the parts' times."""
     device = contender.device
     flops, reads, memory = FlopCounterMode(display=False), HostReads(), PeakMemory(device)
@@ -116,7 +59,7 @@ def inside(contender: Checkout, workload: Workload) -> Dict[str, Any]:
                 yield
             watch.step()  # ends the last one
 
-    work(contender, workload)(turns())
+    contender.run(turns())
     result = {"flops": flops.get_total_flops(), "host_reads_per_step": sum(reads.reads.values()),
               "host_reads": dict(reads.reads), "operators_per_step": reads.operators, "peak_memory_mb": memory.mb,
               "memory_before_mb": memory.before_mb, "components_ms": median_parts(watch)}
@@ -126,7 +69,7 @@ def inside(contender: Checkout, workload: Workload) -> Dict[str, Any]:
 
 
 @contextlib.contextmanager
-def parts_watched(watch: Stopwatch, contender: Checkout) -> Iterator[None]:
+def parts_watched(watch: Stopwatch, contender: Model) -> Iterator[None]:
     """Put the stopwatch on the parts of a model and of its training step, for good; on optimizers, in the block."""
     model = contender.model
     watch.watch(model.backbone, "forward", "backbone on images")

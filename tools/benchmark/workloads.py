@@ -24,6 +24,10 @@ class Workload:
     training: bool
 
     @property
+    def at_hugging_face(self) -> bool:
+        return self.dataset_file == "coco"
+
+    @property
     def dataset_file(self) -> str:
         return self.flags.split()[1]
 
