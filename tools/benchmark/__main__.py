@@ -80,7 +80,9 @@ def check(args: argparse.Namespace) -> None:
     unknown = [part for part in args.parts if part not in PARTS and part not in GROUPS]
     if unknown:
         raise InputError(f"--parts {unknown[0]} is not one of {', '.join([*GROUPS, *PARTS])}")
-    for name in ("seconds", "train_batch", "inference_batch", "eval_images", "threads", "processes", "values"):
+    if args.seconds < 0:
+        raise InputError(f"--seconds {args.seconds} must be at least 0")
+    for name in ("train_batch", "inference_batch", "eval_images", "threads", "processes", "values"):
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value <= 0:

@@ -47,7 +47,12 @@ class Checkout:
     Args:
         spec: `flags` for main.py, of which those that it doesn't know are left out and kept in `ignored`; `data`, what the
             work needs, or a file with it; `seed`.
+
+    Attributes:
+        comparable: whether results can be compared with ours: a model whose weights are others has others.
     """
+
+    comparable = True
 
     def __init__(self, spec: Dict[str, Any]) -> None:
         parser = importlib.import_module("main").get_args_parser()
@@ -58,7 +63,7 @@ class Checkout:
         torch.manual_seed(spec["seed"])
 
     def check(self) -> Dict[str, Any]:
-        """What can be compared with the others' results: `loss`, a number, and tensors."""
+        """What is compared with the others' results: `loss`, a number, and tensors."""
         return {}
 
     def run(self, turns: Iterable[Any]) -> None:
@@ -70,7 +75,8 @@ class Model(Checkout):
     """A model with its criterion.
 
     Args:
-        spec: see `Checkout`; `data` as of `workloads.make_batch`; `weights`, a file with a state_dict, or None.
+        spec: see `Checkout`; `data` as of `workloads.make_batch`; `weights`, a file with a state_dict, or None. They are
+            loaded if they fit.
     """
 
     def __init__(self, spec: Dict[str, Any]) -> None:
@@ -78,12 +84,19 @@ class Model(Checkout):
         self.model, self.criterion, self.postprocessors = importlib.import_module("models").build_model(self.args)
         self.model.to(self.device)
         self.criterion.to(self.device)
-        if spec["weights"]:
-            self.model.load_state_dict(torch.load(spec["weights"], map_location=self.device, weights_only=True))
+        self.comparable = not spec["weights"] or self._takes(torch.load(spec["weights"], weights_only=True))
         batch = read_data(spec["data"])
         images = importlib.import_module("util.misc").nested_tensor_from_tensor_list(batch["images"])
         self.batch = (images, *([] if batch["patches"] is None else [batch["patches"]]), tuple(batch["targets"]))
         self.amp_dtype = AMP_TYPES.get(getattr(self.args, "amp", None))
+
+    def _takes(self, weights: Dict[str, Tensor]) -> bool:
+        """Load weights if they are of this model."""
+        mine = {name: value.shape for name, value in self.model.state_dict().items()}
+        if mine != {name: value.shape for name, value in weights.items()}:
+            return False
+        self.model.load_state_dict(weights)
+        return True
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
@@ -286,9 +299,9 @@ class Server:
             if spec["kind"] == "hf":
                 kinds = importlib.import_module("tools.benchmark.hugging_face").CONTENDERS
             contender = kinds[spec["work"]](spec)
-            found = contender.check()
+            found = contender.check() if contender.comparable else {}
             torch.save(found, spec["outputs"])
-            self.answer(compared=bool(found), ignored=contender.ignored)
+            self.answer(comparable=contender.comparable, ignored=contender.ignored)
             contender.run(self.turns(contender.device))
         except Exception as error:  # whatever a foreign checkout raises is the benchmark's to tell
             self.answer(error=f"{type(error).__name__}: {error}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import flop_registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.benchmark.rounds import synchronize
@@ -75,6 +76,23 @@ class HostReads(TorchFunctionMode):
         if (reads or known) and not (name == "to" and not reads):  # `to(device)` takes a tensor back there
             for tensor in _tensors([result]):
                 self._on_host[id(tensor)] = tensor
+        return result
+
+
+class Flops(TorchDispatchMode):
+    """A context that adds up floating point operations of products, convolutions and attention in `total`, forward and
+    backward, by the formulas of `torch.utils.flop_counter`. Its `FlopCounterMode` also follows modules, and thereby fails
+    in a model that holds parameters but runs without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 

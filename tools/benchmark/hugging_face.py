@@ -20,8 +20,10 @@ class HuggingFace:
     """transformers' DETR or Deformable DETR with random weights, of the size that our flags say.
 
     Args:
-        spec: `options`, our resolved flags; `data` and `seed` as for `Model`.
+        spec: `options`, our resolved flags; `data` and `seed` as for `contender.Model`.
     """
+
+    comparable = False  # its weights are others
 
     def __init__(self, spec: Dict[str, Any]) -> None:
         logging.set_verbosity_error()
@@ -39,10 +41,6 @@ class HuggingFace:
         batch = read_data(spec["data"])
         self.images = torch.stack(batch["images"])
         self.labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in batch["targets"]]
-
-    def check(self) -> Dict[str, Any]:
-        """Nothing to compare: the weights are others."""
-        return {}
 
     def _on_device(self) -> Any:
         images = self.images.to(self.device)
@@ -86,7 +84,9 @@ class HuggingFaceInference(HuggingFace):
 
 
 class HuggingFaceLosses:
-    """transformers' matching and losses of DETR for the same outputs as `Losses`."""
+    """transformers' matching and losses of DETR for the same outputs as `contender.Losses`."""
+
+    comparable = True
 
     def __init__(self, spec: Dict[str, Any]) -> None:
         options = spec["options"]

@@ -60,8 +60,9 @@ class Peer:
 
     def compared_with(self, checked: Dict[str, Any]) -> Dict[str, Any]:
         """How its results differ from ours, where both have any."""
-        found = torch.load(self.outputs, weights_only=True) if self.ready["compared"] else {}
-        result = {"loss": found.pop("loss")} if "loss" in found else {}
+        found = torch.load(self.outputs, weights_only=True)
+        result = {"comparable": self.ready["comparable"]}
+        result.update({"loss": found.pop("loss")} if "loss" in found else {})
         if self.ready["ignored"]:
             result["unknown_flags"] = self.ready["ignored"]
         return {**result, **{f"largest_difference_of_{name}": float((value - checked[name]).abs().max())

@@ -6,10 +6,9 @@ from typing import Any, Dict, Iterator
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.flop_counter import FlopCounterMode
 
 from tools.benchmark.contender import AMP_TYPES, Model
-from tools.benchmark.counting import HostReads, Stopwatch, cuda_events
+from tools.benchmark.counting import Flops, HostReads, Stopwatch, cuda_events
 from tools.benchmark.machine import PeakMemory
 from tools.benchmark.peers import contest
 from tools.benchmark.workloads import SEED, WORKLOADS, make_batch, model_flags, parse_main_flags, size_of
@@ -40,7 +39,7 @@ def measure_step(name: str, args: argparse.Namespace, peak: float) -> Dict[str, 
 def inside(contender: Model) -> Dict[str, Any]:
     """Of single steps: floating point operations, reads by the host, operators, peak memory, and the parts' times."""
     device = contender.device
-    flops, reads, memory = FlopCounterMode(display=False), HostReads(), PeakMemory(device)
+    flops, reads, memory = Flops(), HostReads(), PeakMemory(device)
     watch = Stopwatch(device)
     events: Dict[str, int] = {}
 
@@ -60,7 +59,7 @@ def inside(contender: Model) -> Dict[str, Any]:
             watch.step()  # ends the last one
 
     contender.run(turns())
-    result = {"flops": flops.get_total_flops(), "host_reads_per_step": sum(reads.reads.values()),
+    result = {"flops": flops.total, "host_reads_per_step": sum(reads.reads.values()),
               "host_reads": dict(reads.reads), "operators_per_step": reads.operators, "peak_memory_mb": memory.mb,
               "memory_before_mb": memory.before_mb, "components_ms": median_parts(watch)}
     if events:
