@@ -290,3 +290,14 @@ def test_photographs_are_as_large_as_real_ones(tmp_path: Path) -> None:
     assert len(files) == 18 and files[0].read_bytes() == files[16].read_bytes() != files[1].read_bytes()
     assert Image.open(files[0]).size == (640, 480)
     assert 50e3 < files[0].stat().st_size < 200e3
+
+
+def test_flops_of_onednns_fused_convolution_are_those_of_a_convolution() -> None:
+    fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    if fused is None or not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    image, kernel = torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3)
+    with Flops() as flops:
+        fused(image, kernel, None, [0, 0], [1, 1], [1, 1], 1, "relu", [], "")
+        fused(image, torch.ones(2, 4, 6, 6), kernel, None, [0, 0], [1, 1], [1, 1], 1, "add", None, None, [], None)
+    assert flops.total == 2 * (2 * 2 * 4 * 6 * 6 * 3 * 3 * 3)

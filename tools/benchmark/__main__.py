@@ -118,6 +118,7 @@ def main(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     result: Dict[str, Any] = {"machine": describe_machine(device), "settings": vars(args), "parts": {}}
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     peak = matrix_product_peak(device, peak_type(args))
     result["machine"]["matrix_product_gflops_per_s"] = {args.amp or "fp32": peak / 1e9}
     print("  ".join(f"{key}: {value}" for key, value in result["machine"].items()))

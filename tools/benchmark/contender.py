@@ -13,6 +13,7 @@ the project at the top. Of a checkout it asks only this:
 """
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -58,7 +59,7 @@ class Checkout:
         parser = importlib.import_module("main").get_args_parser()
         self.args, self.ignored = parser.parse_known_args(spec["flags"])
         if is_this_repository():
-            importlib.import_module("util.recipes").resolve(self.args)
+            prepare(self.args)
         self.device = torch.device(self.args.device)
         torch.manual_seed(spec["seed"])
 
@@ -85,6 +86,8 @@ class Model(Checkout):
         self.model.to(self.device)
         self.criterion.to(self.device)
         self.comparable = not spec["weights"] or self._takes(torch.load(spec["weights"], weights_only=True))
+        if is_this_repository() and importlib.util.find_spec("models.acceleration"):
+            importlib.import_module("models.acceleration").compile_parts(self.model, self.args)
         batch = read_data(spec["data"])
         images = importlib.import_module("util.misc").nested_tensor_from_tensor_list(batch["images"])
         self.batch = (images, *([] if batch["patches"] is None else [batch["patches"]]), tuple(batch["targets"]))
@@ -245,6 +248,15 @@ class Evaluation(Checkout):
             evaluator.accumulate()
             evaluator.summarize()
         return torch.tensor([float(number) for number in evaluator.coco_eval["bbox"].stats])
+
+
+def prepare(args: Any) -> None:
+    """What main.py does with its flags before it builds a model; older versions of it do less."""
+    importlib.import_module("util.recipes").resolve(args)
+    for module, function, given in (("models.acceleration", "set_precision", [args]),
+                                    ("util.host_memory", "keep_freed_memory", [])):
+        if importlib.util.find_spec(module):
+            getattr(importlib.import_module(module), function)(*given)
 
 
 def is_this_repository() -> bool:

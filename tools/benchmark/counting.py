@@ -81,8 +81,8 @@ class HostReads(TorchFunctionMode):
 
 class Flops(TorchDispatchMode):
     """A context that adds up floating point operations of products, convolutions and attention in `total`, forward and
-    backward, by the formulas of `torch.utils.flop_counter`. Its `FlopCounterMode` also follows modules, and thereby fails
-    in a model that holds parameters but runs without gradients."""
+    backward, by the formulas of `torch.utils.flop_counter`, and of oneDNN's fused convolutions, which these don't cover.
+    `FlopCounterMode` also follows modules, and thereby fails in a model that trains but runs without gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +93,9 @@ class Flops(TorchDispatchMode):
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
+        elif function.namespace == "mkldnn" and function.overloadpacket.__name__.endswith(("pointwise", "pointwise_")):
+            weight = args[2] if "binary" in function._overloadname else args[1]  # a convolution's or a linear layer's
+            self.total += 2 * result.numel() * weight.shape[1:].numel()
         return result
 
 

@@ -9,6 +9,7 @@ import torch
 
 import main  # noqa: F401  what a run has loaded anyway
 from datasets import build_dataset, num_classes_and_names
+from tools.benchmark.contender import prepare
 from tools.benchmark.machine import PeakMemory, held_mb
 from tools.benchmark.workloads import parse_main_flags
 
@@ -20,6 +21,7 @@ def start_data(folder: str, annotations: str, *flags: str) -> Dict[str, float]:
     """Read the classes and build the training data set, as main.py does: seconds, and the memory in MB that this adds."""
     cpu = torch.device("cpu")
     args = parse_main_flags(["--dataset_file", "coco", "--train_images", folder, "--train_annotations", annotations, *flags])
+    prepare(args)
     start = time.perf_counter()
     with PeakMemory(cpu) as memory:
         args.num_classes, _ = num_classes_and_names(args)

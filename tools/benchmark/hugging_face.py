@@ -30,6 +30,7 @@ class HuggingFace:
         options = spec["options"]
         torch.manual_seed(spec["seed"])
         self.device = torch.device(options["device"])
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.get("tf32", False)
         self.model = build_model(options).to(self.device)
         for name, parameter in self.model.named_parameters():  # its own freezing takes all of this backbone
             if "backbone" in name:

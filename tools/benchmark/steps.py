@@ -73,7 +73,8 @@ def parts_watched(watch: Stopwatch, contender: Model) -> Iterator[None]:
     model = contender.model
     watch.watch(model.backbone, "forward", "backbone on images")
     watch.watch(model, "patch_features", "backbone on patches")
-    for method in ("forward", "encode", "decode"):
+    compiled = getattr(model.transformer, "_compiled_call_impl", None)  # what is compiled can't be watched from within
+    for method in ("_compiled_call_impl",) if compiled else ("forward", "encode", "decode"):
         watch.watch(model.transformer, method, "transformer")
     watch.watch(model, "predictions", "heads")
     watch.watch(contender.postprocessors["bbox"], "forward", "post-processing")
