@@ -6,15 +6,19 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from commands import run
 from PIL import Image
 
+from tools.benchmark import __main__ as program
 from tools.benchmark.__main__ import GROUPS, PARTS
+from tools.benchmark.contender import Losses
 from tools.benchmark.counting import Flops, HostReads, Stopwatch
 from tools.benchmark.data_start import write_annotations
+from tools.benchmark.hugging_face import HuggingFaceLosses
 from tools.benchmark.machine import PeakMemory, matrix_product_peak
 from tools.benchmark.photographs import write_photographs
 from tools.benchmark.rounds import LEAST_REPEATS, OURS, Rounds, spread
+from tools.benchmark.scoring import losses_spec
+from util.errors import run_program
 
 SMALL = ("--device cpu --threads 1 --seconds 0 --train_batch 2 --pretrain_size 96 96 --finetune_size 96 128 "
          "--inference_size 96 96 --photo_size 96 128 --eval_images 3").split()
@@ -67,14 +71,20 @@ def nested_tensor_from_tensor_list(images):
 """}
 
 
-def benchmark(words: List[Any], status: int = 0) -> Any:
-    done = run(["-m", "tools.benchmark", *words], check=status == 0)
-    assert done.returncode == status, done.stderr
-    return done.stdout if status == 0 else [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def refused(words: List[Any], capsys: pytest.CaptureFixture) -> str:
+    """The one line that the program ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_program(lambda: program.main(program.get_args_parser().parse_args([str(word) for word in words])))
+    assert stopped.value.code == 2
+    error, = capsys.readouterr().err.splitlines()
+    return error
 
 
 def measured(tmp_path: Path, *words: Any) -> Dict[str, Any]:
-    benchmark([*SMALL, *words[:-1], "--output", tmp_path / "figures.json", *words[-1]])
+    """What the program writes; the last of the words is a list that comes after all others."""
+    words = [*SMALL, *words[:-1], "--output", tmp_path / "figures.json", *words[-1]]
+    program.main(program.get_args_parser().parse_args([str(word) for word in words]))
     return json.loads((tmp_path / "figures.json").read_text())
 
 
@@ -107,51 +117,58 @@ def test_a_training_step_against_this_checkout_and_hugging_face(tmp_path: Path) 
     assert Image.open(tmp_path / "figures.png").width > 500
 
 
-def test_all_other_parts(tmp_path: Path) -> None:
-    chosen = ["updetr_pretrain", "detreg_inference", "deformable_inference", "voc_sample", "losses_16", "evaluation",
-              "coco_loader"]
-    parts = measured(tmp_path, "--parts", *chosen, [*MODEL, "--num_workers", "1"])["parts"]
-    assert list(parts) == chosen and set(chosen) < set(PARTS)
+def test_parts_of_pre_trainings(tmp_path: Path) -> None:
+    chosen = ["updetr_pretrain", "detreg_inference"]
+    parts = measured(tmp_path, "--parts", *chosen, [*MODEL, "--patch_size", "16"])["parts"]
+    assert list(parts) == chosen
     assert "backbone on patches" in parts["updetr_pretrain"]["components_ms"]
+    assert parts["updetr_pretrain"]["host_reads"] == {"cpu": 1}
     assert parts["detreg_inference"]["host_reads_per_step"] == 0
+
+
+def test_parts_on_labelled_images(tmp_path: Path) -> None:
+    chosen = ["deformable_inference", "voc_sample", "losses_16", "evaluation", "coco_loader"]
+    small = ["--num_workers", "1", "--train_sizes", "64", "--max_size", "96", "--crop_resize", "64", "--crop_size", "48", "64"]
+    parts = measured(tmp_path, "--parts", *chosen, [*MODEL, *small])["parts"]
+    assert list(parts) == chosen and set(chosen) < set(PARTS)
     assert parts["losses_16"]["host_reads"] == {"cpu": 1}
     assert 0 <= parts["coco_loader"]["data_wait_share"] < 1 and parts["coco_loader"]["workers"] == 1
-    for name in chosen[:-1]:
-        assert TIMES <= set(parts[name]["ours"])
+    assert all(TIMES <= set(parts[name]["ours"]) for name in chosen[:-1])
 
 
 def test_groups_name_parts_once() -> None:
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(PARTS) == sorted(set(PARTS))
 
 
-def test_losses_equal_hugging_faces(tmp_path: Path) -> None:
-    part = measured(tmp_path, "--parts", "losses_16", "--against", "hf", MODEL)["parts"]["losses_16"]
-    assert part["against"]["hf"]["loss"] == pytest.approx(part["loss"], rel=1e-5)
+def test_losses_equal_hugging_faces() -> None:
+    args = program.get_args_parser().parse_args([*SMALL, *MODEL])
+    spec, options = losses_spec(16, args)
+    theirs = HuggingFaceLosses({**spec, "options": vars(options)})
+    assert theirs.check()["loss"] == pytest.approx(Losses(spec).check()["loss"], rel=1e-5)
 
 
 def test_a_foreign_checkout_is_asked_for_its_documented_interface_only(tmp_path: Path) -> None:
     foreign = write_foreign(tmp_path / "foreign")
-    parts = measured(tmp_path, "--parts", "detr_finetune", "detr_inference", "--against", foreign, MODEL)["parts"]
-    for part in parts.values():
-        figures = part["against"][str(foreign)]
-        assert TIMES <= set(figures) and figures["repeats"] == part["ours"]["repeats"]
-        assert figures["comparable"] is False and "loss" not in figures  # our weights aren't its model's
-        assert {"--hidden_dim", "--load_backbone"} <= set(figures["unknown_flags"])
-        assert not {"--backbone", "--num_queries"} & set(figures["unknown_flags"])
+    part = measured(tmp_path, "--parts", "detr_finetune", "--against", foreign, MODEL)["parts"]["detr_finetune"]
+    figures = part["against"][str(foreign)]
+    assert TIMES <= set(figures) and figures["repeats"] == part["ours"]["repeats"]
+    assert figures["comparable"] is False and "loss" not in figures  # our weights aren't its model's
+    assert {"--hidden_dim", "--load_backbone"} <= set(figures["unknown_flags"])
+    assert not {"--backbone", "--num_queries"} & set(figures["unknown_flags"])
 
 
-def test_a_checkout_that_fails_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_checkout_that_fails_is_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     broken = FOREIGN["models/__init__.py"].replace('print("a line that must not disturb")', 'raise KeyError("no weights")')
     foreign = write_foreign(tmp_path / "foreign", **{"models/__init__.py": broken})
-    error, = benchmark([*SMALL, "--parts", "detr_inference", "--against", foreign, *MODEL], status=2)
+    error = refused([*SMALL, "--parts", "detr_inference", "--against", foreign, *MODEL], capsys)
     assert error == f"error: --against {foreign} failed: KeyError: 'no weights'"
 
 
-def test_growth_measures_each_point_in_its_own_process(tmp_path: Path) -> None:
-    growth = measured(tmp_path, "--growth", "queries", "--values", 10, 20, "--plot", tmp_path / "growth.png",
+def test_growth_measures_a_point_in_a_process_of_its_own(tmp_path: Path) -> None:
+    growth = measured(tmp_path, "--growth", "queries", "--values", 10, "--plot", tmp_path / "growth.png",
                       MODEL[:-2])["growth"]["queries"]
-    assert [point["value"] for point in growth["points"]] == [10, 20]
-    assert all(point["peak_memory_mb"] > 0 and TIMES <= set(point) for point in growth["points"])
+    point, = growth["points"]
+    assert point["value"] == 10 and point["peak_memory_mb"] > 0 and TIMES <= set(point)
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
 
@@ -173,12 +190,7 @@ def test_growth_of_data(tmp_path: Path) -> None:
     (["--values", "3"], "--values needs --growth with one axis"),
     (["--parts", "losses_16", "--", "--layers", "3"], "unrecognized arguments: --layers 3")])
 def test_wrong_input_is_told_in_a_sentence(words: List[str], sentence: str, capsys: pytest.CaptureFixture) -> None:
-    from tools.benchmark import __main__ as program
-    from util.errors import run_program
-    with pytest.raises(SystemExit) as stopped:
-        run_program(lambda: program.main(program.get_args_parser().parse_args(words)))
-    assert stopped.value.code == 2
-    error, = capsys.readouterr().err.splitlines()
+    error = refused(words, capsys)
     assert error.startswith("error: ") and sentence in error
 
 

@@ -3,7 +3,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 
@@ -20,6 +20,17 @@ FRAME = (480, 640)
 def measure_losses(name: str, args: argparse.Namespace) -> Dict[str, Any]:
     """Forward time of DETR's matching and losses for all decoder layers."""
     images = LOSSES[name]
+    spec, options = losses_spec(images, args)
+    ours, result = contest("losses", spec, args, images, vars(options))
+    reads = HostReads()
+    with reads:
+        ours.loss()
+    return {"title": f"matching and losses of {images} images, {options.dec_layers} layers, {options.num_queries} queries",
+            "images": images, **result, "host_reads": dict(reads.reads), "operators": reads.operators}
+
+
+def losses_spec(images: int, args: argparse.Namespace) -> Tuple[Dict[str, Any], argparse.Namespace]:
+    """What `contender.Losses` needs, with made-up outputs of so many images, and main.py's flags."""
     words = model_flags("--dataset_file coco", args)
     options = parse_main_flags(words)
     generator = torch.Generator().manual_seed(SEED)
@@ -28,12 +39,7 @@ def measure_losses(name: str, args: argparse.Namespace) -> Dict[str, Any]:
               for _ in range(options.dec_layers)]
     targets = [make_target(i, OBJECTS, FRAME, generator, 90) for i in range(images)]
     data = {"outputs": {**layers[-1], "aux_outputs": layers[:-1]}, "targets": targets}
-    ours, result = contest("losses", {"flags": words, "data": data, "seed": SEED}, args, images, vars(options))
-    reads = HostReads()
-    with reads:
-        ours.loss()
-    return {"title": f"matching and losses of {images} images, {options.dec_layers} layers, {options.num_queries} queries",
-            "images": images, **result, "host_reads": dict(reads.reads), "operators": reads.operators}
+    return {"flags": words, "data": data, "seed": SEED}, options
 
 
 def measure_evaluation(name: str, args: argparse.Namespace) -> Dict[str, Any]:
