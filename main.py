@@ -259,7 +259,7 @@ class Evaluation:
 
     def run(self, model: nn.Module, loader: Optional[Iterable] = None) -> Tuple[Dict[str, Any], float]:
         """Evaluate on `self.loader`, or one made of it; returns the figures and the one by which models are compared."""
-        loader = loader or self.loader
+        loader = self.loader if loader is None else loader
         if self.args.dataset_file == "imagenet":
             stats = evaluate_patches(model, loader, self.device)
             return stats, stats["patch_iou"] - stats["control_iou"]
