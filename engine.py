@@ -12,7 +12,8 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.panoptic_eval import PanopticEvaluator
 from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
 from util.checkpoint import save_checkpoint
-from util.misc import MetricLogger, SmoothedValue, is_main_process, print_main, reduce_dict
+from util.misc import MetricLogger, SmoothedValue, is_main_process, print_main
+from util.watch import StepWatch
 
 PRINT_FREQ = 10
 PATCH_LABEL = 1
@@ -35,7 +36,9 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
                     device: torch.device, epoch: int, max_norm: float = 0, *, accumulate_steps: int = 1,
                     amp_dtype: Optional[torch.dtype] = None,
                     scaler: Optional["torch.amp.GradScaler"] = None,
-                    on_line: Optional[Callable[[int, MetricLogger], None]] = None) -> Dict[str, float]:
+                    on_line: Optional[Callable[[int, MetricLogger], None]] = None,
+                    first_step: int = 0, meters: Optional[Dict[str, Any]] = None, watch: Optional[StepWatch] = None,
+                    on_step: Optional[Callable[[int, MetricLogger], None]] = None) -> Dict[str, float]:
     """Train over the loader once.
 
     Args:
@@ -44,12 +47,17 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
         amp_dtype: run the model under autocast in this type; matching and losses stay in float32.
         scaler: loss scaler for float16.
         on_line: called with the step and the logger in each step that prints a line; must not wait for other processes.
+        first_step: steps of the epoch that were taken before; the loader begins after them.
+        meters: state of the logger after these.
+        watch: finds numbers that aren't finite, and hears what the processes are asked for.
+        on_step: called after each optimizer step with the number of steps of the epoch that are taken, and the logger.
 
     Returns:
         averages over the epoch and all processes, by name.
 
     Raises:
-        FloatingPointError: if the loss, or a prediction at matching, isn't finite.
+        FloatingPointError: if the loss, the gradient (but for float16, where such a step is passed over and counted in
+            the meter `overflow`) or a prediction at matching isn't finite. It is found a step later.
 
     The device is waited for once a step, at the matching (`models.matcher`), and besides only when a line is printed.
     """
@@ -58,33 +66,41 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     logger = MetricLogger(delimiter="  ")
     logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     logger.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    logger.load_state_dict(meters or {})
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    length = len(data_loader)
+    watch = watch or StepWatch(device)
+    length = first_step + len(data_loader)
     optimizer.zero_grad(set_to_none=True)
-    for step, batch in enumerate(logger.log_every(data_loader, PRINT_FREQ, f"Epoch: [{epoch}]")):
+    for step, batch in enumerate(logger.log_every(data_loader, PRINT_FREQ, f"Epoch: [{epoch}]", first_step), first_step):
+        watch.begin(epoch, step, batch[-1])
         inputs, targets = to_device(batch, device)
-        group_start = step - step % accumulate_steps
+        group_start = step - (step - first_step) % accumulate_steps
         group_size = min(accumulate_steps, length - group_start)
         last_of_group = step == group_start + group_size - 1
         postpone = isinstance(model, nn.parallel.DistributedDataParallel) and not last_of_group
         with model.no_sync() if postpone else contextlib.nullcontext():
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 outputs = model(*inputs)
-            losses = criterion(outputs, targets)  # waits for the device: the matching is solved on the host
+            with watch.matching():
+                losses = criterion(outputs, targets)  # waits for the device: the matching is solved on the host
             scaler.scale(weighted_sum(losses, criterion.weight_dict) / group_size).backward()
+        gradient_norm = None
         if last_of_group:
             scaler.unscale_(optimizer)
-            if max_norm > 0:
-                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
             scaler.step(optimizer)  # with float16 on a GPU this waits too, to see whether gradients overflowed
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-        _log(logger, reduce_dict(losses), criterion.weight_dict)
+        reduced = watch.reduce(losses, criterion.weight_dict, gradient_norm, may_overflow=scaler.is_enabled())
+        if "overflow" in reduced:
+            logger.update(overflow=reduced.pop("overflow"))
+        _log(logger, reduced, criterion.weight_dict)
         logger.update(lr=optimizer.param_groups[0]["lr"])
-        if step % PRINT_FREQ == 0 or step == length - 1:
-            _require_finite(logger, epoch, step)  # waits for the device, where a line is printed anyway
-            if on_line:
-                on_line(step, logger)
+        if on_line and (step % PRINT_FREQ == 0 or step == length - 1):
+            on_line(step, logger)  # waits for the device: figures are read
+        if on_step and last_of_group:
+            on_step(step + 1, logger)
+    watch.end()
     logger.synchronize_between_processes()
     print_main("Averaged stats:", logger)
     return logger.averages()
@@ -95,14 +111,6 @@ def _log(logger: MetricLogger, losses: Dict[str, Tensor], weights: Dict[str, flo
     logger.update(loss=weighted_sum(losses, weights), class_error=losses["class_error"])
     logger.update(**{name: value * weights[name] for name, value in losses.items() if name in weights})
     logger.update(**{f"{name}_unscaled": value for name, value in losses.items() if name != "class_error"})
-
-
-def _require_finite(logger: MetricLogger, epoch: int, step: int) -> None:
-    if not math.isfinite(logger.loss.global_avg):
-        terms = [name for name, meter in logger.meters.items() if name.startswith("loss_") and not name.endswith("_unscaled")
-                 and not math.isfinite(meter.global_avg)]
-        raise FloatingPointError(f"the loss became infinite or NaN in epoch {epoch}, within the {PRINT_FREQ} steps "
-                                 f"up to step {step}: {', '.join(terms)}")
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """Train and evaluate DETR, Deformable DETR, UP-DETR and DETReg: data set and flags say which. See README.md."""
 import argparse
+import contextlib
 import datetime
 import functools
 import inspect
 import secrets
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 from torch import nn
@@ -24,14 +25,17 @@ from models.acceleration import compile_parts, set_precision
 from models.detreg import HEADS
 from util import recipes
 from util.checkpoint import (counts_from_centre, load_checkpoint, load_model_strictly, load_pretrained, model_state,
-                             num_outputs)
+                             num_outputs, stored_flags)
 from util.distributed import (all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, print_main,
                               shutdown)
 from util.errors import InputError, run_program
 from util.host_memory import keep_freed_memory, largest_memory_mb
+from util.keeper import Keeper
 from util.misc import collate_fn
 from util.progress import Progress
+from util.saving import claimed
 from util.schedule import build_scheduler
+from util.signals import REACTIONS, SignalListener, shield_worker
 from util.summary import evaluation_summary, training_summary
 from util.training_state import TrainingState, append_log, find_resume, open_log
 
@@ -201,8 +205,11 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="prove a set-up: train and evaluate on the first N training images, without augmentation")
     group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations")
     group.add_argument("--save_every", default=1, type=int, help="epochs between checkpoints; the last epoch has one")
+    group.add_argument("--save_every_steps", type=int, metavar="N", help="also save in mid-epoch, every N steps")
     group.add_argument("--tensorboard", action="store_true", help="also write losses and results for TensorBoard")
     group.add_argument("--world_size", default=1, type=int, help="number of processes; set by the launcher")
+    group.add_argument("--dist_timeout", default=1800, type=int,
+                       help="seconds after which processes give up that wait for another one")
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
     group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
     return parser
@@ -246,7 +253,7 @@ def _loader(dataset: Any, batches: Any, args: argparse.Namespace) -> DataLoader:
     # Workers live on between epochs; the data sets keep their epoch where these see it.
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=args.num_workers,
                       persistent_workers=args.num_workers > 0, pin_memory=torch.device(args.device).type == "cuda",
-                      generator=torch.Generator().manual_seed(args.seed))
+                      generator=torch.Generator().manual_seed(args.seed), worker_init_fn=shield_worker)
 
 
 class Evaluation:
@@ -258,12 +265,13 @@ class Evaluation:
         self.loader = build_val_loader(self.dataset, args)
         self.device = torch.device(args.device)
 
-    def run(self, model: nn.Module) -> Tuple[Dict[str, Any], float]:
-        """Evaluate; returns the figures and the one by which models are compared."""
+    def run(self, model: nn.Module, loader: Optional[Iterable] = None) -> Tuple[Dict[str, Any], float]:
+        """Evaluate on `self.loader`, or one made of it; returns the figures and the one by which models are compared."""
+        loader = self.loader if loader is None else loader
         if self.args.dataset_file == "imagenet":
-            stats = evaluate_patches(model, self.loader, self.device)
+            stats = evaluate_patches(model, loader, self.device)
             return stats, stats["patch_iou"] - stats["control_iou"]
-        stats, evaluator = evaluate(model, self.criterion, self.postprocessors, self.loader,
+        stats, evaluator = evaluate(model, self.criterion, self.postprocessors, loader,
                                     get_coco_api_from_dataset(self.dataset), self.device, self.args.output_dir,
                                     amp_dtype=AMP_TYPES.get(self.args.amp))
         if self.args.eval:
@@ -283,47 +291,46 @@ def _print_per_class(results: Dict[str, Any], iou_type: str) -> None:
 
 
 def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluation: Optional[Evaluation],
-          args: argparse.Namespace) -> None:
-    """The epochs from `state.epoch` to the last; `model` is `state.model` or its DistributedDataParallel wrapper."""
+          args: argparse.Namespace, listener: SignalListener, last_step: Optional[Tuple[int, int]] = None) -> None:
+    """The epochs from where `state` stands to the last; `model` is `state.model` or its DistributedDataParallel wrapper.
+    Signals that `listener` hears are answered after a step; one after `last_step` (epoch, step) is not taken."""
     dataset = build_dataset("train", args)
     loader = build_train_loader(dataset, args)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print_main(training_summary(args, state.model, state.optimizer, state.class_names, len(dataset),
                                 objects_per_image(dataset), len(loader)))
-    progress = Progress(args, state.epoch, len(loader))
+    progress = Progress(args, state.epoch, len(loader), state.so_far.step)
+    keeper = Keeper(state, args, loader.batch_sampler, listener, last_step)
     if args.output_dir and is_main_process():
         open_log(args.output_dir, state.epoch)
     start = time.perf_counter()
     for epoch in range(state.epoch, args.epochs):
-        loader.batch_sampler.set_epoch(epoch)
+        began = keeper.start_epoch(epoch)
         dataset.set_epoch(epoch)
         train_stats = train_one_epoch(model, criterion, loader, state.optimizer, torch.device(args.device), epoch,
                                       args.clip_max_norm, accumulate_steps=args.accumulate_steps,
                                       amp_dtype=AMP_TYPES.get(args.amp), scaler=state.scaler,
-                                      on_line=functools.partial(progress.line, epoch))
-        state.lr_scheduler.step()
+                                      on_line=functools.partial(progress.line, epoch), first_step=began.step,
+                                      meters=began.meters, watch=keeper.watch, on_step=keeper.after_step)
         test_stats: Dict[str, Any] = {}
         files = []
-        if epoch + 1 in state.lr_scheduler.drop_epochs or (epoch + 1) % 100 == 0:
-            files.append(f"checkpoint{epoch:04}.pth")
         if evaluation and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
-            test_stats, figure = evaluation.run(state.model)
+            test_stats, figure = evaluation.run(state.model, keeper.until_stopped(evaluation.loader))
             if state.best is None or figure > state.best:
                 state.best = figure
                 files.append("checkpoint_best.pth")
+        state.lr_scheduler.step()  # after the evaluation: one that is broken off belongs to the epoch that is continued
+        if epoch + 1 in state.lr_scheduler.drop_epochs or (epoch + 1) % 100 == 0:
+            files.append(f"checkpoint{epoch:04}.pth")
         line = {**{f"train_{name}": value for name, value in train_stats.items()},
                 **{f"test_{name}": value for name, value in test_stats.items()}, **_unreadable(dataset),
                 "epoch": epoch, "n_parameters": n_parameters}
         progress.epoch(epoch, line)
-        if args.output_dir:
-            # A run may be stopped at any moment. One resumed from checkpoint.pth drops log lines that came after it, and
-            # redoes their epochs; so checkpoint.pth comes last.
-            if is_main_process():
-                append_log(args.output_dir, line)
-            if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-                files.append("checkpoint.pth")
-            if files:
-                state.save(args, epoch, files)
+        # A run may be stopped at any moment. One that goes on from a checkpoint drops log lines that came after it, and
+        # redoes their epochs; so checkpoints come last.
+        if args.output_dir and is_main_process():
+            append_log(args.output_dir, line)
+        keeper.end_epoch(files)
     progress.close()
     seconds = int(time.perf_counter() - start)
     print_main(f"Training time {datetime.timedelta(seconds=seconds)}, largest memory {largest_memory_mb():.0f} MB")
@@ -364,10 +371,11 @@ def initial_weights(state: TrainingState, checkpoint: Dict[str, Any], args: argp
                         reset_classes=bool(args.reset_embedding_layer) and args.dataset_file != "regions")
 
 
-def agree_on_seed(args: argparse.Namespace) -> None:
-    """With `--random_seed`, draw `args.seed`, the same for all processes."""
+def agree_on_seed(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
+    """With `--random_seed`, draw `args.seed`, the same for all processes, or take that of the training that is continued."""
     if args.random_seed:
-        args.seed = all_gather(secrets.randbelow(2**31))[0]
+        drawn = all_gather(secrets.randbelow(2**31))[0]
+        args.seed = stored_flags(checkpoint).get("seed", drawn) if args.resume else drawn
 
 
 def follow_positions(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
@@ -412,14 +420,28 @@ def distributed_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
                                                device_ids=[args.gpu] if torch.device(args.device).type == "cuda" else None)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Run what the flags describe: evaluation, or training with evaluations in between."""
+def main(args: argparse.Namespace, reactions: Mapping[int, str] = REACTIONS,
+         last_step: Optional[Tuple[int, int]] = None) -> None:
+    """Run what the flags describe: evaluation, or training with evaluations in between.
+
+    Args:
+        reactions: what signals ask a training for, see `util.signals`.
+        last_step: epoch and step after which a training ends with `Stopped`.
+    """
     recipes.resolve(args)
     recipes.require_data(args)
     init_distributed_mode(args)
-    agree_on_seed(args)
+    training_in = args.output_dir if not args.eval else ""
+    with claimed(training_in) if training_in else contextlib.nullcontext():
+        run(args, reactions, last_step)
+    shutdown()
+
+
+def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optional[Tuple[int, int]]) -> None:
+    """`main`, once the processes have found each other and the output directory is theirs."""
     args.resume = find_resume(args)
     checkpoint = read_start(args)
+    agree_on_seed(args, checkpoint)
     follow_positions(args, checkpoint)
     class_names, things = describe_classes(args, checkpoint)
     print_main(recipes.describe(args))
@@ -448,8 +470,12 @@ def main(args: argparse.Namespace) -> None:
         print_main(evaluation_summary(args, class_names, len(evaluation.dataset), objects_per_image(evaluation.dataset)))
         evaluation.run(model)
     else:
-        train(state, distributed_model(model, args) if args.distributed else model, criterion, evaluation, args)
-    shutdown()
+        wrapped = distributed_model(model, args) if args.distributed else model
+        with SignalListener(reactions) as listener:
+            try:
+                train(state, wrapped, criterion, evaluation, args, listener, last_step)
+            finally:
+                state.saver.wait()  # whatever happened, a checkpoint that was begun is ended
 
 
 if __name__ == "__main__":

@@ -10,10 +10,15 @@ from typing import Any, Dict, Optional
 
 import main
 from util import recipes
-from util.errors import InputError, run_program
+from util.errors import InputError, Stopped, run_program
+from util.saving import saved_checkpoints
+from util.signals import SAVE, STOP
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CPUS = 10  # for a task with a GPU, as DETR had it
+REQUEUE = signal.SIGUSR2  # submitit has Slurm send it some time before the job's end
+# Slurm announces a pre-emption by SIGTERM, and may then still let the job be.
+REACTIONS = {signal.SIGTERM: SAVE, signal.SIGUSR1: SAVE, REQUEUE: STOP}
 AT_LEAST = {"ngpus": 0, "max_timeouts": 0, "nodes": 1, "timeout": 1, "tasks_per_node": 1, "mem_gb": 1, "cpus_per_task": 1}
 
 
@@ -25,7 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--nodes", default=2, type=int)
     group.add_argument("--tasks_per_node", type=int, help="processes on each node; with GPUs always one for each (1)")
     group.add_argument("--timeout", default=60, type=int,
-                       help="minutes after which the job is requeued; an epoch must fit in")
+                       help="minutes after which the job is requeued")
     group.add_argument("--max_timeouts", default=100, type=int,
                        help="how many times a job that ran out of time is requeued; pre-emptions don't count")
     group.add_argument("--job_dir", default="", help="shared folder for the job's files, %%j standing for its number "
@@ -56,9 +61,18 @@ class Run:
         job = os.environ["SLURM_JOB_ID"]
         args = copy.deepcopy(self.args)  # main fills in what belongs to this machine
         args.output_dir = args.output_dir.replace("%j", job)
-        if not args.eval and (not args.resume or os.path.exists(os.path.join(args.output_dir, "checkpoint.pth"))):
+        if not args.eval and (not args.resume or saved_checkpoints(args.output_dir)):
             args.resume = "auto"
-        run_program(lambda: main.main(args))
+        run_program(lambda: self._run(args))
+
+    def _run(self, args: argparse.Namespace) -> None:
+        """Train; at the signal that announces the end of the job's time save first, and then let submitit requeue it."""
+        requeue = signal.getsignal(REQUEUE)
+        try:
+            main.main(args, reactions=REACTIONS)
+        except Stopped as stop:
+            print(str(stop) or "stopped", flush=True)
+            requeue(REQUEUE, None)  # ends the first process; the others end in good order, not to be taken for failures
 
     def checkpoint(self) -> Any:
         """What the requeued job does: the same. Called in the first process while it is interrupted anywhere."""
@@ -108,9 +122,9 @@ def split_args(args: argparse.Namespace) -> argparse.Namespace:
 
 def _refuse_used_folder(run: argparse.Namespace) -> None:
     """A checkpoint in the folder must be one to continue: after a requeue nothing else tells it from the job's own."""
-    path = os.path.join(run.output_dir, "checkpoint.pth")
-    if os.path.exists(path) and not run.eval and run.resume != "auto" and os.path.abspath(run.resume) != path:
-        raise InputError(f"{path} is of an earlier run: pass --resume auto to continue it, or another --output_dir")
+    found = saved_checkpoints(run.output_dir)
+    if found and not run.eval and run.resume != "auto" and os.path.abspath(run.resume) not in found:
+        raise InputError(f"{found[0]} is of an earlier run: pass --resume auto to continue it, or another --output_dir")
 
 
 def job_options(args: argparse.Namespace) -> Dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which samples make which training batch: an order that no number of processes, and no interruption, changes."""
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -31,6 +32,11 @@ class TrainBatches(Sampler):
         self.rank, self.world_size = rank, world_size
         self.groups = np.zeros(num_samples, np.int64) if groups is None else np.asarray(groups)
         self.set_epoch(0)
+
+    @property
+    def order(self) -> list[int]:
+        """What the order of every epoch's samples depends on: the seed, the number of samples and a sum over the groups."""
+        return [self.seed, self.num_samples, zlib.crc32(self.groups.astype(np.int64).tobytes())]
 
     @property
     def global_batch(self) -> int:

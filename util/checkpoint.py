@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import socket
+import zipfile
 from typing import Any, Dict, List, Optional
 from urllib.parse import urlparse
 
@@ -96,8 +97,12 @@ def _first_sentence(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
-def save_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
-    """Write a checkpoint so that at any moment `path` is either the old file or the whole new one.
+def save_checkpoint(checkpoint: Dict[str, Any], path: str, previous: str = "") -> None:
+    """Write a checkpoint so that at any moment `path` is either the old file or the whole new one, on the disk and read
+    back.
+
+    Args:
+        previous: if given, the old file stays under this name.
 
     Raises:
         InputError: if it can't be written; an earlier file of that name is then untouched.
@@ -110,16 +115,47 @@ def save_checkpoint(checkpoint: Dict[str, Any], path: str) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # to be read from the disk, not from memory
+        if not is_whole(temporary):
+            raise OSError("what was written could not be read back")
+        if previous and os.path.exists(path):
+            _keep(path, previous)
         os.replace(temporary, path)
         _fsync_folder(folder)
     except (OSError, RuntimeError) as error:
         # torch's writer hides the system's reason behind one of its own.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        kept = f"; the earlier {path} is intact" if os.path.exists(path) else ""
+        good = next((name for name in (path, previous) if name and os.path.exists(name)), None)
+        kept = f"; the earlier {good} is intact" if good else ""
         raise InputError(f"could not write the checkpoint {path} ({_first_sentence(reason)}){kept}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def is_whole(path: str) -> bool:
+    """Whether every part of a file that torch wrote is there and has the checksum that was stored with it. In the format
+    of before torch 1.6, which has no checksums: whether it can be loaded."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":
+                torch.load(path, map_location="cpu", weights_only=True)
+                return True
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged file can make the readers raise anything
+        return False
+
+
+def _keep(path: str, previous: str) -> None:
+    """Let a file also be called `previous`, or only so where a file can't have two names. There always is one of them."""
+    temporary = f"{previous}.{os.getpid()}.tmp"
+    try:
+        os.link(path, temporary)
+        os.replace(temporary, previous)
+    except OSError:
+        os.replace(path, previous)
 
 
 def _fsync_folder(folder: str) -> None:

@@ -131,7 +131,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
         torch.cuda.set_device(args.gpu)
     url = slurm_rendezvous(environment) if by_slurm and args.dist_url == "env://" else args.dist_url
     dist.init_process_group("nccl" if use_cuda else "gloo", init_method=url, world_size=world_size, rank=rank,
-                            timeout=datetime.timedelta(minutes=30))
+                            timeout=datetime.timedelta(seconds=getattr(args, "dist_timeout", 1800)))
     print_main(f"distributed: {world_size} processes, {dist.get_backend()}, {url}")
 
 

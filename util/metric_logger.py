@@ -51,6 +51,16 @@ class SmoothedValue:
         self.total = sum(total for total, _ in sums)
         self.count = sum(count for _, count in sums)
 
+    def state_dict(self) -> Dict[str, Any]:
+        """Everything it has seen, as plain numbers."""
+        self._flush()
+        return {"total": self.total, "count": self.count, "window": list(self.window)}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on from a state of `state_dict`."""
+        self.total, self.count = state["total"], state["count"]
+        self.window.extend(state["window"])
+
     @property
     def median(self) -> float:
         self._flush()
@@ -116,21 +126,32 @@ class MetricLogger:
             self.meters[name].total = sum(total for total, _ in parts)
             self.meters[name].count = sum(count for _, count in parts)
 
+    def state_dict(self) -> Dict[str, Any]:
+        """State of each meter, by name; see `merge_states`."""
+        return {name: meter.state_dict() for name, meter in self.meters.items()}
+
+    def load_state_dict(self, states: Dict[str, Any]) -> None:
+        """Go on from a state of `state_dict`; meters that it lacks stay as they are."""
+        for name, state in states.items():
+            self.meters[name].load_state_dict(state)
+
     def averages(self) -> Dict[str, float]:
         """Average of each meter over everything it has seen."""
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
-    def log_every(self, iterable: Iterable[Any], print_freq: int, header: Optional[str] = None) -> Iterator[Any]:
+    def log_every(self, iterable: Iterable[Any], print_freq: int, header: Optional[str] = None,
+                  first: int = 0) -> Iterator[Any]:
         """Yield from a sized iterable and print a line every `print_freq` items and after the last, on the main process.
+        Items are counted from `first`.
 
         The line holds the header, position, remaining time, all meters, seconds per item (`time`), seconds spent waiting for
         the item (`data`) and, on CUDA, the largest memory in MB (`max mem`).
         """
-        length = len(iterable)
+        length = first + len(iterable)
         header = f"{header or ''}  "
         iter_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
         start = end = time.perf_counter()
-        for position, item in enumerate(iterable):
+        for position, item in enumerate(iterable, first):
             data_time.update(time.perf_counter() - end)
             yield item
             iter_time.update(time.perf_counter() - end)
@@ -148,4 +169,15 @@ class MetricLogger:
             end = time.perf_counter()
         seconds = time.perf_counter() - start
         distributed.print_main(f"{header}Total time: {datetime.timedelta(seconds=int(seconds))} "
-                               f"({seconds / max(length, 1):.4f} s / it)")
+                               f"({seconds / max(length - first, 1):.4f} s / it)")
+
+
+def merge_states(states: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """One state of meters for those of several processes: sums of what all have seen, and the last values of the first."""
+    merged: Dict[str, Any] = {}
+    for state in states:
+        for name, meter in state.items():
+            seen = merged.setdefault(name, {"total": 0.0, "count": 0, "window": meter["window"]})
+            seen["total"] += meter["total"]
+            seen["count"] += meter["count"]
+    return merged

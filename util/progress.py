@@ -23,15 +23,17 @@ class Progress:
     Args:
         args: `tensorboard`, `output_dir` and `epochs` are read.
         steps: batches that a process takes in an epoch.
+        first_step: steps of the first epoch that an earlier run has taken.
 
     Raises:
         InputError: if `--tensorboard` is given and its package isn't installed.
     """
 
-    def __init__(self, args: argparse.Namespace, first_epoch: int, steps: int) -> None:
+    def __init__(self, args: argparse.Namespace, first_epoch: int, steps: int, first_step: int = 0) -> None:
         self.first_epoch, self.epochs, self.steps = first_epoch, args.epochs, steps
-        self.started: Optional[float] = None
-        self.writer = _writer(args.output_dir, first_epoch * steps) if args.tensorboard else None
+        self.estimated = False
+        self.started: Optional[Tuple[int, float]] = None  # step and time of the first line
+        self.writer = _writer(args.output_dir, first_epoch * steps + first_step) if args.tensorboard else None
 
     def line(self, epoch: int, step: int, logger: MetricLogger) -> None:
         """Called where a console line of the training is printed: after step 0, 10, 20, … and the last of an epoch."""
@@ -41,6 +43,7 @@ class Progress:
             for name, meter in logger.meters.items():
                 if not name.endswith("_unscaled"):
                     self.writer.add_scalar(f"step/{name}", meter.avg, epoch * self.steps + step)
+            self.writer.flush()  # a run may end at any moment
 
     def epoch(self, epoch: int, figures: Dict[str, Any]) -> None:
         """Called after each epoch with the figures of its line in log.txt."""
@@ -56,10 +59,11 @@ class Progress:
 
     def _estimate(self, step: int) -> None:
         # From the end of the first step: what that one takes longer, to set up, isn't repeated.
-        if step == 0:
-            self.started = time.perf_counter()
-        elif step == ESTIMATE_AFTER and self.started is not None:
-            seconds = (time.perf_counter() - self.started) / step * self.steps
+        if self.started is None:
+            self.started = step, time.perf_counter()
+        elif not self.estimated and step - self.started[0] >= ESTIMATE_AFTER:
+            self.estimated = True
+            seconds = (time.perf_counter() - self.started[1]) / (step - self.started[0]) * self.steps
             epoch, total = (datetime.timedelta(seconds=round(number)) for number in (
                 seconds, seconds * (self.epochs - self.first_epoch)))
             print_main(f"estimated time: {epoch} per epoch, {total} to the end of epoch {self.epochs - 1}, evaluations "

@@ -105,7 +105,7 @@ MODEL_OF = {
 }
 AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
                 "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop",
-                "shots", "save_every", "pretrain_max_size")
+                "shots", "save_every", "save_every_steps", "dist_timeout", "pretrain_max_size")
 OF_EMBEDDINGS = ("obj_embedding_head", "object_embedding_coef", "load_embedding")  # that need --object_embedding_loss
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 # Flags of which one at most can decide what is trained on, and flags that mean nothing without another.
@@ -214,6 +214,9 @@ def _check_values(args: argparse.Namespace) -> None:
         raise InputError(f"--pretrain {args.pretrain} has no effect with --frozen_weights, which fills the detector")
     if args.tensorboard and (args.eval or not args.output_dir):
         raise InputError("--tensorboard writes down a training in --output_dir; "
+                         + ("--eval doesn't train" if args.eval else "that flag is missing"))
+    if args.save_every_steps and (args.eval or not args.output_dir):
+        raise InputError("--save_every_steps saves a training in --output_dir; "
                          + ("--eval doesn't train" if args.eval else "that flag is missing"))
     if args.lr_drop_epochs and args.lr_drop is not None:
         raise InputError(f"--lr_drop {args.lr_drop} has no effect with --lr_drop_epochs")

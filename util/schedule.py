@@ -1,5 +1,6 @@
 """When the learning rates fall to a tenth: every `--lr_drop` epochs, or after those of `--lr_drop_epochs`."""
 import argparse
+import warnings
 from typing import Any, Dict, List, Sequence
 
 import torch
@@ -16,6 +17,13 @@ class DropAfterEpochs(LRScheduler):
     def __init__(self, optimizer: torch.optim.Optimizer, epochs: Sequence[int]) -> None:
         self.drop_epochs = list(epochs)
         super().__init__(optimizer)
+
+    def step(self, *args: Any) -> None:
+        """An epoch is over."""
+        with warnings.catch_warnings():
+            # A run that is continued after an epoch's last step takes no optimizer step in it, of which torch warns.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            super().step(*args)
 
     def get_lr(self) -> List[float]:
         """The next rate of each of the optimizer's groups."""

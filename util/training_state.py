@@ -3,23 +3,46 @@ import argparse
 import contextlib
 import json
 import os
+import time
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
 
-from util.checkpoint import load_model_strictly, random_state, save_checkpoint, set_random_state
-from util.distributed import all_gather, get_rank, is_main_process, print_main
+from util.checkpoint import load_model_strictly, random_state, set_random_state
+from util.distributed import all_gather, get_rank, get_world_size, is_main_process, print_main
 from util.errors import InputError
+from util.metric_logger import merge_states
+from util.saving import Saver, newest_checkpoint, on_main
 from util.schedule import DropAfterEpochs
 
 PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass
+class EpochSoFar:
+    """How far an epoch that was begun has come.
+
+    Attributes:
+        step: batches that were taken.
+        consumed: the same as pairs (global batches, samples in each), of runs that made batches of different sizes.
+        order: what decides the order of the epoch's samples, which must be the same where it is continued.
+        meters: state of this process's `MetricLogger`.
+    """
+
+    step: int = 0
+    consumed: List[List[int]] = field(default_factory=list)
+    order: List[int] = field(default_factory=list)
+    meters: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class TrainingState:
-    """Everything that an exact continuation needs; `epoch` is the next epoch to train."""
+    """Everything that an exact continuation needs; `epoch` is the one to train next, or to go on with from `so_far`.
+
+    `source` says which checkpoint, and which epoch and step of it, the run could go on from now; "" if none.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -29,21 +52,30 @@ class TrainingState:
     epoch: int = 0
     best: Optional[float] = None
     is_thing_map: Dict[int, bool] = field(default_factory=dict)
+    so_far: EpochSoFar = field(default_factory=EpochSoFar)
+    source: Dict[str, Any] = field(default_factory=dict)
+    saver: Saver = field(default_factory=Saver)
 
-    def save(self, args: argparse.Namespace, epoch: int, file_names: list) -> None:
-        """Write the state after `epoch` under each name in `args.output_dir`. All processes must call it."""
-        random_states = all_gather(random_state())
+    def save(self, args: argparse.Namespace, epoch: int, file_names: list, wait: bool = True) -> None:
+        """Write the state under each name in `args.output_dir`: after `epoch`, and `so_far` in the next. All processes must
+        call it; without `wait` they don't wait for the disk."""
+        of_ranks = all_gather((random_state(), self.so_far.meters))
+        path = os.path.join(args.output_dir, file_names[-1])
+        self.source = {"checkpoint": path, "epoch": epoch, "step": self.so_far.step}
         if not is_main_process():
             return
+        random_states, meters = zip(*of_ranks)
         checkpoint = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": epoch,
-            "args": {name: _plain(value) for name, value in vars(args).items()},
-            "random_states": random_states, "best": self.best, "class_names": self.class_names,
-            "is_thing_map": self.is_thing_map,
+            "args": plain_args(args),
+            "random_states": list(random_states), "best": self.best, "class_names": self.class_names,
+            "is_thing_map": self.is_thing_map, "so_far": {**vars(self.so_far), "meters": list(meters)},
+            "saved_at": time.time(),
         }
-        for name in file_names:
-            save_checkpoint(checkpoint, os.path.join(args.output_dir, name))
+        self.saver.save(checkpoint, [os.path.join(args.output_dir, name) for name in file_names])
+        if wait:
+            self.saver.wait()
 
     def resume(self, checkpoint: Dict[str, Any], location: str) -> None:
         """Continue where a checkpoint stopped; official weight files, which hold a model alone, start at epoch 0.
@@ -67,7 +99,23 @@ class TrainingState:
         states = checkpoint.get("random_states", [])
         if get_rank() < len(states):
             set_random_state(states[get_rank()])
-        print_main(f"resume: {location}, continuing with epoch {self.epoch}")
+        if checkpoint.get("so_far"):
+            self.so_far = EpochSoFar(**{**checkpoint["so_far"], "meters": _meters_of(checkpoint["so_far"]["meters"])})
+        self.source = {"checkpoint": location, "epoch": checkpoint["epoch"], "step": self.so_far.step}
+        place = f" after step {self.so_far.step - 1}" if self.so_far.step else ""
+        print_main(f"resume: {location}, continuing with epoch {self.epoch}{place}")
+
+
+def _meters_of(states: List[Dict[str, Any]]) -> Dict[str, Any]:
+    """This process's share of all processes' meters: its own, or all or none of them if there are more or fewer now."""
+    if len(states) == get_world_size():
+        return states[get_rank()]
+    return merge_states(states) if is_main_process() else {}
+
+
+def plain_args(args: argparse.Namespace) -> Dict[str, Any]:
+    """Flags as plain types, for a file."""
+    return {name: _plain(value) for name, value in vars(args).items()}
 
 
 def _plain(value: Any) -> Any:
@@ -77,16 +125,16 @@ def _plain(value: Any) -> Any:
 
 
 def find_resume(args: argparse.Namespace) -> str:
-    """The checkpoint that `--resume` means; "auto" is the output directory's, or none when there is none yet."""
+    """The checkpoint that `--resume` means; "auto" is the output directory's newest whole one, or none when there is none
+    yet. Every process must call this."""
     if args.resume != "auto":
         return args.resume
     if not args.output_dir:
         raise InputError("--resume auto needs --output_dir, where it looks for checkpoint.pth")
-    path = os.path.join(args.output_dir, "checkpoint.pth")
-    if os.path.exists(path):
-        return path
-    print_main(f"resume: no {path} yet, starting fresh")
-    return ""
+    path = on_main(lambda: newest_checkpoint(args.output_dir))
+    if not path:
+        print_main(f"resume: no checkpoint in {args.output_dir} yet, starting fresh")
+    return path
 
 
 def open_log(output_dir: str, first_epoch: int) -> None:
@@ -100,6 +148,8 @@ def open_log(output_dir: str, first_epoch: int) -> None:
             kept = [line for line in file if _epoch_of(line) < first_epoch]
         with open(path + ".tmp", "w") as file:
             file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
 
 
@@ -115,6 +165,8 @@ def append_log(output_dir: str, stats: Dict[str, Any]) -> None:
     path = os.path.join(output_dir, "log.txt")
     with _writing(path), open(path, "a") as file:
         file.write(json.dumps(stats) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # before the checkpoint that follows this epoch
 
 
 @contextlib.contextmanager

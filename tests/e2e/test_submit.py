@@ -95,7 +95,7 @@ def test_where_a_job_starts_and_goes_on(given, saved, means, tmp_path, monkeypat
     seen = []
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setattr(run_with_submitit, "_shield_children", lambda: None)
-    monkeypatch.setattr(run_with_submitit.main, "main", seen.append)
+    monkeypatch.setattr(run_with_submitit.main, "main", lambda args, reactions: seen.append(args))
     (tmp_path / "17").mkdir()
     if saved:
         (tmp_path / "17" / "checkpoint.pth").write_bytes(b"")

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from util.metric_logger import MetricLogger, SmoothedValue
+from util.metric_logger import MetricLogger, SmoothedValue, merge_states
 
 
 def test_statistics_by_hand():
@@ -122,3 +122,27 @@ def test_averages_and_attributes():
 def test_an_empty_loader(capsys):
     assert list(MetricLogger().log_every([], 10, "Test:")) == []
     assert "Total time" in capsys.readouterr().out
+
+
+def test_a_logger_goes_on_from_a_state():
+    """Averages come out bit for bit; of more processes than now the first takes over what all have seen."""
+    values = torch.rand(30, generator=torch.Generator().manual_seed(1))
+    whole, first, second = MetricLogger(), MetricLogger(), MetricLogger()
+    for i, value in enumerate(values):
+        whole.update(loss=value)
+        if i == 13:
+            second.load_state_dict(first.state_dict())
+        (first if i < 13 else second).update(loss=value)
+    assert second.averages() == whole.averages() and str(second) == str(whole)
+
+    merged = merge_states([{"loss": {"total": 6.0, "count": 3, "window": [1.0]}}, {},
+                           {"loss": {"total": 10.0, "count": 1, "window": [10.0]}}])
+    logger = MetricLogger()
+    logger.load_state_dict(merged)
+    assert logger.loss.global_avg == 4 and logger.loss.value == 1
+
+
+def test_items_are_counted_on(capsys):
+    assert list(MetricLogger(delimiter="  ").log_every("abc", 2, "Epoch: [0]", first=9)) == ["a", "b", "c"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  eta")[0] for line in lines[:2]] == ["Epoch: [0]  [10/12]", "Epoch: [0]  [11/12]"]

@@ -268,7 +268,7 @@ def test_every_flag_left_open_has_a_default_somewhere():
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
               "class_list", "cache_path", "filter_file", "shots", "class_split", "class_part", "local_rank",
               "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model",
-              "lr_drop_epochs", "dataset", "data_root"}
+              "lr_drop_epochs", "dataset", "data_root", "save_every_steps"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}
     assert {name for name, value in vars(parse()).items() if value is None} - itself <= recipe_flags
 
@@ -347,7 +347,8 @@ OWN = {"--accumulate_steps", "--amp", "--tf32", "--compile", "--no_fuse", "--bac
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
        "--crop_size", "--val_size", "--max_size", "--mask_softmax", "--local_rank", "--local-rank",
        "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard",
-       "--class_list", "--filter_file", "--filter_seed", "--shots", "--shots_of", "--class_split", "--class_part"}
+       "--class_list", "--filter_file", "--filter_seed", "--shots", "--shots_of", "--class_split", "--class_part",
+       "--save_every_steps", "--dist_timeout"}
 # Flags of the originals that this program doesn't have: images are read as they are needed, and `tools.predict` draws.
 ABSENT = {"--cache_mode", "--viz"}
 # Flags that an original accepts in a training where they do nothing; here they are refused there.

@@ -130,7 +130,7 @@ def test_which_checkpoint_resume_means(tmp_path, capsys):
     assert find_resume(given) == "some.pth"
     auto = argparse.Namespace(resume="auto", output_dir=str(tmp_path))
     path = tmp_path / "checkpoint.pth"
-    assert find_resume(auto) == "" and capsys.readouterr().out == f"resume: no {path} yet, starting fresh\n"
+    assert find_resume(auto) == "" and capsys.readouterr().out == f"resume: no checkpoint in {tmp_path} yet, starting fresh\n"
     save_checkpoint({"epoch": 1}, str(path))
     assert find_resume(auto) == str(path)
     with pytest.raises(InputError, match="^--resume auto needs --output_dir"):
