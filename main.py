@@ -266,7 +266,7 @@ class Evaluation:
 
     def run(self, model: nn.Module, loader: Optional[Iterable] = None) -> Tuple[Dict[str, Any], float]:
         """Evaluate on `self.loader`, or one made of it; returns the figures and the one by which models are compared."""
-        loader = loader or self.loader
+        loader = self.loader if loader is None else loader
         if self.args.dataset_file == "imagenet":
             stats = evaluate_patches(model, loader, self.device)
             return stats, stats["patch_iou"] - stats["control_iou"]
@@ -408,6 +408,15 @@ def has_idle_heads(args: argparse.Namespace) -> bool:
     return bool(args.with_box_refine) and not args.aux_loss
 
 
+def distributed_model(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The model in the wrapper that averages gradients over processes."""
+    # Buffers are constants here (frozen batch norms, masks): nothing to broadcast at each step.
+    parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
+    return nn.parallel.DistributedDataParallel(model, **{sync: False}, find_unused_parameters=has_idle_heads(args),
+                                               device_ids=[args.gpu] if torch.device(args.device).type == "cuda" else None)
+
+
 def main(args: argparse.Namespace, reactions: Mapping[int, str] = REACTIONS,
          last_step: Optional[Tuple[int, int]] = None) -> None:
     """Run what the flags describe: evaluation, or training with evaluations in between.
@@ -458,14 +467,7 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
         print_main(evaluation_summary(args, class_names, len(evaluation.dataset), objects_per_image(evaluation.dataset)))
         evaluation.run(model)
     else:
-        wrapped = model
-        if args.distributed:
-            # Buffers are constants here (frozen batch norms, masks): nothing to broadcast at each step.
-            parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # its older name
-            wrapped = nn.parallel.DistributedDataParallel(model, **{sync: False},
-                                                          find_unused_parameters=has_idle_heads(args),
-                                                          device_ids=[args.gpu] if device.type == "cuda" else None)
+        wrapped = distributed_model(model, args) if args.distributed else model
         with SignalListener(reactions) as listener:
             try:
                 train(state, wrapped, criterion, evaluation, args, listener, last_step)

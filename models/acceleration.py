@@ -39,7 +39,7 @@ def compile_parts(model: nn.Module, args: argparse.Namespace) -> None:
     if not args.compile:
         return
     detector = getattr(model, "detr", model)  # the detector inside a model with a mask head
-    parts = [detector.transformer]
+    parts = [detector.transformer.encoder, detector.transformer.decoder]
     if torch.device(args.device).type == "cuda":
         parts.append(detector.backbone[0].body)
     elif not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS) if name):

@@ -77,6 +77,8 @@ class Keeper:
 
     def until_stopped(self, loader: Any) -> UntilStopped:
         """A loader for the evaluation after an epoch's steps: a stop saves the state as these left it."""
+        self.state.saver.wait()  # its loading processes are forked next, best beside no thread that may hold a lock
+
         def stop() -> None:
             self._save()
             self._stop()
@@ -96,7 +98,7 @@ class Keeper:
             files = [*files, LAST]
         if args.output_dir and files:
             self._require_finite()
-            state.save(args, state.epoch - 1, files)  # waits: loading processes are forked next, beside no other thread
+            state.save(args, state.epoch - 1, files)  # and wait, as in `until_stopped`
         if stopping and state.epoch < args.epochs:
             self._stop()
 

@@ -8,9 +8,11 @@ import time
 
 import pytest
 
+import main
 from commands import ROOT, SMALL_COCO, launcher_prefix, run
 from datasets.toy import ToySettings, write_toy
 from util.checkpoint import load_checkpoint
+from util.errors import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def command(tmp_path_factory):
     toy = tmp_path_factory.mktemp("data") / "toy"
     write_toy(toy, ToySettings(image_size=64, num_unlabelled=1, num_train=12, num_val=1))
     return ["main.py", *SMALL_COCO, "--backbone_last_layer", "layer3", "--load_backbone", "none", "--coco_path", toy / "coco",
-            *"--epochs 2 --batch_size 1 --eval_every 2 --device cpu --dropout 0 --resume auto --save_every_steps 1".split()]
+            *"--epochs 2 --batch_size 1 --eval_every 2 --device cpu --resume auto --save_every_steps 1 --num_workers 1".split()]
 
 
 def start(arguments, launcher="torchrun"):
@@ -35,30 +37,40 @@ def wait_for(path, program):
         time.sleep(0.02)
 
 
-def test_a_signal_to_one_of_two_stops_both_and_one_alone_goes_on(command, tmp_path):
-    """What is left of the epoch is taken by the one, each image once. The evaluation has one image: one process has none."""
-    two = start([*command, "--output_dir", tmp_path])
+def here(arguments, last_step=None):
+    """The same in this process."""
+    main.main(main.get_args_parser().parse_args([str(word) for word in arguments[1:]]), last_step=last_step)
+
+
+def test_two_processes_stop_together_one_goes_on_and_two_end_it(command, tmp_path, capsys):
+    """Each image once in an epoch, whoever takes it. At the evaluation, of one image, one of the two has none."""
+    command = [*command, "--output_dir", tmp_path]
+    two = start(command)
     wait_for(tmp_path / "checkpoint.pth", two)
     main_process = int(re.match(r"process (\d+) on", (tmp_path / ".lock").read_text())[1])
     os.kill(main_process, signal.SIGUSR1)
     out, err = two.communicate(timeout=100)
-    assert two.returncode and "exitcode  : 75" in err, out + err
-    assert err.count("stopped by SIGUSR1 in epoch ") == 1 and "Traceback (most recent call last):\n  File" not in out
+    assert two.returncode and "exitcode  : 75" in err and err.count("stopped by SIGUSR1 in epoch ") == 1, out + err
 
     state = load_checkpoint(str(tmp_path / "checkpoint.pth"))
-    step = state["so_far"]["step"]
-    assert state["so_far"]["consumed"] == ([[step, 2]] if step else [])
-    assert len(state["random_states"]) == 2
-    begun = state["epoch"] + 1
+    epoch, first = state["epoch"] + 1, state["so_far"]["step"]
+    assert state["so_far"]["consumed"] == ([[first, 2]] if first else []) and len(state["random_states"]) == 2
+    if first > 4:  # then too little is left of the epoch for the one to stop in it
+        epoch, first = epoch + 1, 0
+    with pytest.raises(Stopped):
+        here(command, last_step=(epoch, first + 1))
+    state = load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert state["so_far"]["consumed"] == [[first, 2]] * bool(first) + [[2, 1]]
 
-    done = run([*command, "--output_dir", tmp_path, "--num_workers", "0"])
-    steps = step + 12 - 2 * step  # of two images before, then of one each
-    assert f"Epoch: [{begun}]  [{steps - 1:{len(str(steps))}d}/{steps}]" in done.stdout, done.stdout
+    capsys.readouterr()
+    done = run([*command, "--eval_every", "1"], "torchrun")
+    steps = first + 2 + (12 - 2 * first - 2) // 2
+    assert f"Epoch: [{epoch}]  [{steps - 1:{len(str(steps))}d}/{steps}]" in done.stdout, done.stdout
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1] and "test_coco_eval_bbox" in lines[1]
-
-    evaluated = run([*command[:-4], "--eval", "--resume", tmp_path / "checkpoint.pth"], "torchrun")
-    tables = [[line for line in each.stdout.splitlines() if line.startswith(" Average")] for each in (done, evaluated)]
+    here([*command[:-8], "--eval", "--resume", tmp_path / "checkpoint.pth"])
+    tables = [[line for line in said.splitlines() if line.startswith(" Average")][-12:]
+              for said in (done.stdout, capsys.readouterr().out)]
     assert tables[0] == tables[1] and len(tables[0]) == 12
 
 
