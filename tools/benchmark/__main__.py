@@ -18,7 +18,7 @@ from tools.benchmark.scaling import measure_scaling
 from tools.benchmark.scoring import LOSSES, measure_evaluation, measure_losses
 from tools.benchmark.steps import measure_step, peak_type
 from tools.benchmark.workloads import WORKLOADS
-from tools.output import require_ending, writing
+from tools.output import refuse_others, remember, require_ending, writing
 from util.errors import InputError, run_program
 
 GROUPS = {"training": [name for name, workload in WORKLOADS.items() if workload.training],
@@ -114,6 +114,8 @@ def measure(name: str, args: argparse.Namespace, peak: float) -> Dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     """Measure, print and write."""
     check(args)
+    written = [Path(name) for name in (args.output, args.plot) if name]
+    refuse_others("--output, --plot", written)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -136,6 +138,7 @@ def main(args: argparse.Namespace) -> None:
     if args.plot:
         report.plot(result, args.plot)
         print(args.plot)
+    remember(written)
 
 
 if __name__ == "__main__":
