@@ -74,6 +74,7 @@ class Torture:
         self.straight = folder / f"straight-{self.num_processes}"
         self.deck: List[str] = []
         self.latest: Optional[Attempt] = None
+        self.waiting: List[Tuple[str, Optional[int]]] = []  # faults not gone on from yet, and the steps taken before them
 
     def run(self, num_faults: int) -> None:
         """Torture until so many faults were injected or something was lost."""
@@ -108,22 +109,21 @@ class Torture:
     def one_round(self, most: int) -> int:
         """One training from its beginning to its end, with `most` faults at most; returns how many there were."""
         place = self.fresh_place()
-        done, starts, finished, pending = 0, 0, False, ""
+        done, starts, finished = 0, 0, False
         while not finished:
             attempt = self.start(place.output, place.images.parents[1], f"{self.starts:03}")
             starts += 1
             name = self.draw() if done < most else ""
             happened = self.disturb(attempt, place, name) if name else False
             if not attempt.wait(HANGS_AFTER_S if happened else 10 * HANGS_AFTER_S):
-                self.fail(attempt, f"hangs after: {name or pending}")
+                self.fail(attempt, f"hangs after: {name or 'nothing'}")
                 attempt.kill()
                 attempt.wait(10)
                 break
-            self.account(attempt, pending)
-            pending = ""
+            self.account(attempt)
             if happened:
                 done += 1
-                pending = name
+                self.waiting.append((name, attempt.steps_done()))
                 self.tallies[name].injected += 1
                 self.check_end(attempt, name)
                 self.faults[name].heal(place)
@@ -132,10 +132,10 @@ class Torture:
                 self.fail(attempt, "failed though nothing was done to it")
                 break
             finished = set(attempt.codes) == {0}
-            self.reached = attempt.steps_done()
         if finished:
-            if pending:
-                self.tallies[pending].resumed += 1  # it came to its end in spite of it
+            for name, _ in self.waiting:  # it came to its end in spite of it
+                self.tallies[name].resumed += 1
+            self.waiting.clear()
             self.compare(place, attempt, done, starts)
         return done
 
@@ -170,13 +170,16 @@ class Torture:
             return False
         return True
 
-    def account(self, attempt: Attempt, pending: str) -> None:
-        """Note how the attempt after a fault went on."""
+    def account(self, attempt: Attempt) -> None:
+        """Note where the attempt after one fault, or several, went on; nothing if it didn't come so far."""
         resumed_at = attempt.resumed_at(self.steps_per_epoch)
-        if pending and resumed_at is not None:
-            self.tallies[pending].resumed += 1
-            if self.reached is not None:
-                self.tallies[pending].lost_steps.append(max(0, self.reached - resumed_at))
+        if resumed_at is None:
+            return
+        for name, reached in self.waiting:
+            self.tallies[name].resumed += 1
+            if reached is not None:
+                self.tallies[name].lost_steps.append(max(0, reached - resumed_at))
+        self.waiting.clear()
 
     def check_end(self, attempt: Attempt, name: str) -> None:
         fault = self.faults[name]
