@@ -131,9 +131,9 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
             panoptic maps to `panoptic_eval/`.
 
     Returns:
-        averages over the images by name, and the evaluator of boxes and masks. The averages hold the twelve COCO numbers of boxes as
-        `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`, `PQ_th`
-        and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
+        averages over the images by name, and the evaluator of boxes and masks. The averages hold the twelve COCO numbers
+        of boxes as `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`,
+        `PQ_th` and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
     """
     model.eval()
     criterion.eval()
