@@ -29,7 +29,9 @@ def to_device(batch: Sequence[Any], device: torch.device) -> Tuple[List[Any], Li
 
 def weighted_sum(losses: Dict[str, Tensor], weights: Dict[str, float]) -> Tensor:
     """The total loss: every loss that has a weight, times it."""
-    return sum(losses[name] * weights[name] for name in losses if name in weights)
+    names = [name for name in losses if name in weights]
+    values = torch.stack([losses[name] for name in names])
+    return (values * torch.tensor([weights[name] for name in names]).to(values.device, non_blocking=True)).sum()
 
 
 def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
@@ -109,7 +111,9 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
 def _log(logger: MetricLogger, losses: Dict[str, Tensor], weights: Dict[str, float]) -> None:
     """Record losses: weighted under their names, as they are with `_unscaled`."""
     logger.update(loss=weighted_sum(losses, weights), class_error=losses["class_error"])
-    logger.update(**{name: value * weights[name] for name, value in losses.items() if name in weights})
+    for name, value in losses.items():
+        if name in weights:
+            logger.meters[name].update(value, weight=weights[name])
     logger.update(**{f"{name}_unscaled": value for name, value in losses.items() if name != "class_error"})
 
 
@@ -127,9 +131,9 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
             panoptic maps to `panoptic_eval/`.
 
     Returns:
-        averages over the images by name, and the evaluator of boxes and masks. The averages hold the twelve COCO numbers of boxes as
-        `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`, `PQ_th`
-        and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
+        averages over the images by name, and the evaluator of boxes and masks. The averages hold the twelve COCO numbers
+        of boxes as `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`,
+        `PQ_th` and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
     """
     model.eval()
     criterion.eval()

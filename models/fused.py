@@ -63,7 +63,9 @@ def can_fuse(resnet: nn.Module) -> bool:
     if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     for module in resnet.modules():
-        if module is not resnet and type(module) not in (*_KNOWN, FrozenBatchNorm2d) or isinstance(module, nn.Conv2d) and module.bias is not None:
+        if module is not resnet and type(module) not in (*_KNOWN, FrozenBatchNorm2d):
+            return False
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
             return False
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return False

@@ -98,7 +98,7 @@ class Keeper:
             files = [*files, LAST]
         if args.output_dir and files:
             self._require_finite()
-            state.save(args, state.epoch - 1, files)  # and wait, as in `until_stopped`
+            state.save(args, state.epoch - 1, files, wait=state.epoch == args.epochs)
         if stopping and state.epoch < args.epochs:
             self._stop()
 

@@ -26,23 +26,14 @@ class SmoothedValue:
         self.total = 0.0
         self.count = 0
         self.fmt = fmt
-        self._pending: List[Tuple[Number, int]] = []
+        self._pending: List[Tuple[Number, int, float]] = []
 
-    def update(self, value: Number, n: int = 1) -> None:
-        """Add a value that stands for n samples; a tensor is not read before the next statistic is asked for."""
-        self._pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n))
+    def update(self, value: Number, n: int = 1, weight: float = 1.0) -> None:
+        """Add weight * value, which stands for n samples; a tensor is not read before the next statistic is asked for."""
+        self._pending.append((value.detach() if isinstance(value, torch.Tensor) else value, n, weight))
 
     def _flush(self) -> None:
-        if not self._pending:
-            return
-        tensors = [value.float() for value, _ in self._pending if isinstance(value, torch.Tensor)]
-        read = iter(torch.stack(tensors).tolist() if tensors else [])
-        for value, n in self._pending:
-            value = next(read) if isinstance(value, torch.Tensor) else value
-            self.window.append(value)
-            self.total += value * n
-            self.count += n
-        self._pending.clear()
+        _read([self])
 
     def synchronize_between_processes(self) -> None:
         """Sum totals and counts over all processes, so that `global_avg` is the average over all; the window stays local."""
@@ -90,6 +81,23 @@ class SmoothedValue:
         return self.fmt.format(median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value)
 
 
+def _read(meters: Iterable[SmoothedValue]) -> None:
+    """Bring the pending values of all meters to the host, at once: the device is waited for a single time."""
+    tensors: DefaultDict[torch.device, List[torch.Tensor]] = defaultdict(list)
+    for meter in meters:
+        for value, _, _ in meter._pending:
+            if isinstance(value, torch.Tensor):
+                tensors[value.device].append(value.float())
+    read = {device: iter(torch.stack(values).tolist()) for device, values in tensors.items()}
+    for meter in meters:
+        for value, n, weight in meter._pending:
+            value = weight * (next(read[value.device]) if isinstance(value, torch.Tensor) else value)
+            meter.window.append(value)
+            meter.total += value * n
+            meter.count += n
+        meter._pending.clear()
+
+
 class MetricLogger:
     """A set of named `SmoothedValue` meters and the loop that prints them.
 
@@ -118,8 +126,7 @@ class MetricLogger:
 
     def synchronize_between_processes(self) -> None:
         """Average every meter over all processes, with one collective. A meter may be missing on some of them."""
-        for meter in self.meters.values():
-            meter._flush()
+        _read(self.meters.values())
         sums = distributed.all_gather({name: (meter.total, meter.count) for name, meter in self.meters.items()})
         for name in sorted(set().union(*sums)):
             parts = [part[name] for part in sums if name in part]
@@ -128,6 +135,7 @@ class MetricLogger:
 
     def state_dict(self) -> Dict[str, Any]:
         """State of each meter, by name; see `merge_states`."""
+        _read(self.meters.values())
         return {name: meter.state_dict() for name, meter in self.meters.items()}
 
     def load_state_dict(self, states: Dict[str, Any]) -> None:
@@ -157,8 +165,7 @@ class MetricLogger:
             iter_time.update(time.perf_counter() - end)
             at_line = position % print_freq == 0 or position == length - 1
             if at_line:  # on all processes: those that print nothing would keep every tensor until the loop's end
-                for meter in self.meters.values():
-                    meter._flush()
+                _read(self.meters.values())
             if at_line and distributed.is_main_process():
                 remaining = datetime.timedelta(seconds=int(iter_time.global_avg * (length - 1 - position)))
                 fields = [f"{header}[{position:{len(str(length))}d}/{length}]", f"eta: {remaining}", str(self),

@@ -86,6 +86,8 @@ class TrainingState:
         if not {"optimizer", "lr_scheduler", "epoch"} <= set(checkpoint):
             print_main(f"resume: {location} holds weights only; training starts at epoch {self.epoch}")
             return
+        for group in checkpoint["optimizer"]["param_groups"]:  # how a step is computed is no matter of the checkpoint's
+            group.update({name: self.optimizer.defaults[name] for name in ("fused", "foreach")})
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:

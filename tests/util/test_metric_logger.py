@@ -146,3 +146,17 @@ def test_items_are_counted_on(capsys):
     assert list(MetricLogger(delimiter="  ").log_every("abc", 2, "Epoch: [0]", first=9)) == ["a", "b", "c"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  eta")[0] for line in lines[:2]] == ["Epoch: [0]  [10/12]", "Epoch: [0]  [11/12]"]
+
+
+def test_the_figures_of_all_meters_are_read_at_once(monkeypatch):
+    """On a GPU each read waits for the device."""
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or tolist(tensor))
+    logger = MetricLogger()
+    for step in range(3):
+        logger.update(a=torch.tensor(1.0 + step), b=torch.tensor(10.0), c=2)
+        logger.meters["a"].update(torch.tensor(4.0), weight=0.5)
+    states = logger.state_dict()
+    assert reads == [(9,)]
+    assert states["a"]["total"] == 1 + 2 + 3 + 3 * 2 and states["b"]["total"] == 30 and states["c"]["total"] == 6

@@ -1,5 +1,6 @@
 """What a run carries on: saved and resumed state, the log's lines, and which checkpoint `--resume` means."""
 import argparse
+import copy
 import json
 
 import pytest
@@ -115,6 +116,26 @@ def test_an_original_checkpoint_resumes_without_our_additions(tmp_path):
     assert state.epoch == 8 and state.best is None
     train_epoch(state)
     assert rates(state) == pytest.approx([0.01, 0.001]), "8 is a multiple of --lr_drop 4, not of their 3"
+
+
+@pytest.mark.parametrize("saved_fused", [None, True])
+def test_the_optimizer_steps_as_this_run_has_it(saved_fused):
+    """Not as the run that saved the checkpoint: the same numbers, faster."""
+    saved, resumed = make_state(), make_state(seed=5)
+    for state, fused in ((saved, saved_fused), (resumed, True)):
+        groups = [{name: group[name] for name in ("params", "lr")} for group in state.optimizer.param_groups]
+        state.optimizer = torch.optim.AdamW(groups, lr=0.1, fused=fused)
+        state.lr_scheduler = DropAfterEpochs(state.optimizer, [5])
+    train_epoch(saved)
+    checkpoint = {"model": saved.model.state_dict(), "optimizer": copy.deepcopy(saved.optimizer.state_dict()),
+                  "lr_scheduler": saved.lr_scheduler.state_dict(), "epoch": 0}
+    resumed.resume(checkpoint, "checkpoint.pth")
+    assert all(group["fused"] for group in resumed.optimizer.param_groups)
+    for state in (saved, resumed):
+        torch.manual_seed(3)
+        train_epoch(state)
+    for name, value in saved.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value)
 
 
 def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
