@@ -116,6 +116,7 @@ def _train(flags: List[str], environment: Dict[str, str], output: str) -> None:
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # else loading processes would come from another server
     engine.PRINT_FREQ = 1
     run_program(lambda: main.main(main.get_args_parser().parse_args(flags)))
 
