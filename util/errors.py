@@ -3,7 +3,9 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from typing import Callable
 
@@ -44,6 +46,7 @@ def run_program(program: Callable[[], None]) -> None:
     except Stopped as stop:
         line, status = str(stop), STOPPED
     except Exception as error:
+        _hear_no_more_of_workers()
         line, status = _of_dead_worker(error), 4
         if not line and not _has_company():
             raise
@@ -59,13 +62,30 @@ def run_program(program: Callable[[], None]) -> None:
     sys.exit(status)
 
 
+def _hear_no_more_of_workers() -> None:
+    """Let no further news of dead loading processes, which torch raises at any line, come in between."""
+    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _of_dead_worker(error: Exception) -> str:
-    """The sentence for an error by which torch says that a data-loading process is gone; "" for others."""
+    """The sentence for an error that a dead data-loading process is the reason of; "" for others."""
     died = WORKER_DIED.search(f"{error.__cause__} {error}")  # the cause, if there is one, knows the signal
-    if not died or not isinstance(error, RuntimeError):
+    if not died and isinstance(error, (OSError, EOFError)):  # what it had sent could not be read any more
+        died = WORKER_DIED.search(_news_of_workers())
+    if not died:
         return ""
     return (f"error: data-loading process {died[1]} is gone ({died[2].removeprefix('is ')}), most often since memory, or "
             "shared memory in /dev/shm, ran out: fewer --num_workers or a smaller --batch_size need less")
+
+
+def _news_of_workers() -> str:
+    """What torch says when it is asked whether loading processes died; "" if all is well."""
+    try:
+        sys.modules["torch"]._C._error_if_any_worker_fails()
+    except (KeyError, RuntimeError) as error:
+        return str(error)
+    return ""
 
 
 def _has_company() -> bool:

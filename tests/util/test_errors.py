@@ -85,3 +85,24 @@ def test_output_reaches_a_pipe_line_by_line(root):
     finally:
         program.kill()
         program.communicate()
+
+
+def test_a_worker_that_dies_while_it_is_read_from_is_one_line_too(root):
+    """What it was sending can't be read any more: torch then says only that a connection was reset."""
+    script = textwrap.dedent("""
+        import multiprocessing, os, signal, time, torch
+        from util.errors import run_program
+
+        def program():
+            batches = iter(torch.utils.data.DataLoader(torch.zeros(100, 1), num_workers=1))
+            next(batches)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the news doesn't come in time
+            os.kill(multiprocessing.active_children()[0].pid, 9)
+            time.sleep(0.3)
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+        run_program(program)
+    """)
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 4 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.startswith("error: data-loading process ") and "killed by signal: Killed" in result.stderr
