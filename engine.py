@@ -127,7 +127,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         model: the model itself, not its DistributedDataParallel wrapper: processes may have unequal shares of the images.
         postprocessors: "bbox"; "segm" adds masks, "panoptic" adds maps, whose ground truth the loader's data set names.
         base_ds: the COCO ground truth of the data set (`datasets.get_coco_api_from_dataset`).
-        output_dir: if given, pycocotools' precision and recall tables of the boxes go to `eval/latest.pth` in it, and
+        output_dir: if given, COCO's precision and recall tables of the boxes go to `eval/latest.pth` in it, and
             panoptic maps to `panoptic_eval/`.
 
     Returns:

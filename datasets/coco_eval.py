@@ -1,18 +1,17 @@
 """COCO's measures of detections, exact under any number of processes."""
 from __future__ import annotations
 
-import contextlib
-import io
+import copy
 from collections.abc import Sequence
 
 import numpy as np
+from faster_coco_eval import COCOeval_faster
 from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from torch import Tensor
 
-from datasets.coco import class_names
-from datasets.coco_measures import CocoMeasures, Shapes
-from util.distributed import all_gather, is_main_process, print_main
+from datasets.coco import class_names, index_ground_truth
+from util.distributed import all_gather, print_main
 
 __all__ = ["CocoEvaluator"]
 
@@ -20,7 +19,7 @@ IOU_TYPES = ("bbox", "segm")
 
 
 class CocoEvaluator:
-    """Collects detections, brings those of all processes together and evaluates them once.
+    """Collects detections, brings those of all processes together and evaluates them once, with faster-coco-eval.
 
     Only images that were given to `update` count. Objects of the ground truth with `difficult: 1` (Pascal VOC) are
     ignored: finding them is neither right nor wrong.
@@ -30,8 +29,8 @@ class CocoEvaluator:
         iou_types: any of "bbox" and "segm".
 
     Attributes:
-        coco_eval: by IoU type, `datasets.coco_measures.CocoMeasures`, a pycocotools `COCOeval`; its `stats` are there
-            after `summarize`.
+        coco_eval: by IoU type, faster-coco-eval's object, used as pycocotools' `COCOeval`; its `eval` is there after
+            `accumulate`, its `stats` after `summarize`.
 
     Raises:
         ValueError: an IoU type is unknown.
@@ -43,7 +42,8 @@ class CocoEvaluator:
                 raise ValueError(f"unknown IoU type {iou_type!r}, expected one of {', '.join(IOU_TYPES)}")
         self.coco_gt = coco_gt
         self.iou_types = list(iou_types)
-        self.coco_eval = {iou_type: CocoMeasures(coco_gt, iou_type) for iou_type in iou_types}
+        self.coco_eval = {iou_type: _Evaluation(coco_gt, iouType=iou_type, print_function=_say_nothing)
+                          for iou_type in iou_types}
         self._detections: dict[int, dict[str, np.ndarray]] = {}
 
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
@@ -75,7 +75,7 @@ class CocoEvaluator:
         """Matches the detections with the ground truth, and computes precision and recall at every threshold."""
         image_ids = sorted(self._detections)
         for iou_type, evaluation in self.coco_eval.items():
-            evaluation.detections = self._lay_out(iou_type)
+            evaluation.cocoDt = self._as_coco(iou_type)
             evaluation.params.imgIds = image_ids
             evaluation.evaluate()
             evaluation.accumulate()
@@ -83,9 +83,11 @@ class CocoEvaluator:
     def summarize(self) -> None:
         """Computes the 12 numbers (`coco_eval[iou_type].stats`) on every process, and prints them on the main one."""
         for iou_type, evaluation in self.coco_eval.items():
-            print_main(f"IoU metric: {iou_type}")
-            with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(io.StringIO()):
-                evaluation.summarize()
+            lines = [f"IoU metric: {iou_type}"]
+            evaluation.print_function = lines.append
+            evaluation.summarize()
+            evaluation.print_function = _say_nothing
+            print_main("\n".join(lines[:1 + len(evaluation.stats)]))  # two more numbers than COCO's follow
 
     def per_class(self, iou_type: str = "bbox") -> dict[str, tuple[float, float]]:
         """Returns AP and AP50 (0..1) of each class by its name, -1 for classes without objects; after `accumulate`."""
@@ -110,18 +112,36 @@ class CocoEvaluator:
             packed["segm"][:] = mask_codec.encode(np.asfortranarray(masks))
         return packed
 
-    def _lay_out(self, iou_type: str) -> Shapes:
-        """Lays the detections of all images out in order of the images' ids."""
-        found = sorted(self._detections.items())
-        columns = {name: np.concatenate([empty, *(packed[name] for _, packed in found)]) for name, empty in (
-            ("labels", np.empty(0, np.int64)), ("scores", np.empty(0)),
-            (iou_type, np.empty((0, 4)) if iou_type == "bbox" else np.empty(0, object)))}
-        outlines = columns[iou_type]
-        areas = (outlines[:, 2] * outlines[:, 3] if iou_type == "bbox"
-                 else np.array([mask_codec.area(mask) for mask in outlines], dtype=np.float64))
-        image_ids = np.repeat(np.array([image_id for image_id, _ in found], dtype=np.int64),
-                              [len(packed["labels"]) for _, packed in found])
-        return Shapes(image_ids, columns["labels"], areas, outlines, columns["scores"])
+    def _as_coco(self, iou_type: str) -> COCO:
+        """Makes the pycocotools object of the detections, as `COCO.loadRes` would (which fails when there are none)."""
+        field = "bbox" if iou_type == "bbox" else "segmentation"
+        annotations: list[dict] = []
+        for image_id, found in sorted(self._detections.items()):
+            for category, score, shape in zip(*(found[name].tolist() for name in ("labels", "scores", iou_type))):
+                area = shape[2] * shape[3] if iou_type == "bbox" else float(mask_codec.area(shape))
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category,
+                                    "score": score, field: shape, "area": area, "iscrowd": 0})
+        return index_ground_truth({**self.coco_gt.dataset, "annotations": annotations})
+
+
+class _Evaluation(COCOeval_faster):
+    """faster-coco-eval's evaluation that ignores difficult objects and leaves the ground truth as it was."""
+
+    def _prepare(self) -> None:
+        ground_truth = self.cocoGt
+        self.cocoGt = copy.copy(ground_truth)
+        self.cocoGt.anns = {key: dict(annotation) for key, annotation in ground_truth.anns.items()}
+        super()._prepare()
+        # A match with annotation id 0 is taken for none: these private copies, which `gt_dataset` refers to, are counted
+        # from 1. super() has just set `ignore` to `iscrowd`; unlike a crowd, a difficult object keeps the usual IoU.
+        for number, annotation in enumerate(self.cocoGt.anns.values(), start=1):
+            annotation["id"] = number
+            annotation["ignore"] = annotation.get("ignore", 0) or annotation.get("difficult", 0)
+        self.cocoGt = ground_truth
+
+
+def _say_nothing(text: str) -> None:
+    """What faster-coco-eval says of its progress goes here."""
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -5,7 +5,7 @@
 
 The boxes are those that a model finds, be it pre-trained on regions (DETReg) or a trained detector, or selective
 search's proposals, as a baseline. AR at k is COCO's: of all objects, the share that is covered by one of their image's
-k best boxes, each object by a box of its own, averaged over the IoU thresholds 0.5, 0.55, … 0.95 (pycocotools,
+k best boxes, each object by a box of its own, averaged over the IoU thresholds 0.5, 0.55, … 0.95 (with COCO's
 useCats = 0). Crowds and VOC's difficult objects don't count. R50 is the share at the threshold 0.5 alone.
 """
 import argparse
@@ -35,7 +35,7 @@ from util.errors import InputError, run_program
 from util.parallel import imap_in_processes
 
 COUNTS = (10, 100, 1000)  # boxes per image
-AREAS = ("AR", "AR_small", "AR_medium", "AR_large")  # of pycocotools' areas: all, below 32² pixels, to 96², above
+AREAS = ("AR", "AR_small", "AR_medium", "AR_large")  # of COCO's areas: all, below 32² pixels, to 96², above
 # Flags that selective search has no use for.
 OF_MODEL = ("device", "nheads", "dilation", "val_size", "max_size", "batch_size")
 DATA_FLAGS = ("coco_path", "val_images", "val_annotations", "voc_path")  # as main.py's
@@ -114,7 +114,7 @@ def average_recall(ground_truth: COCO, found: Iterable[Found]) -> Dict[str, Any]
     evaluator = CocoEvaluator(ground_truth, ["bbox"])
     evaluation = evaluator.coco_eval["bbox"]
     evaluation.params.useCats, evaluation.params.maxDets = 0, list(COUNTS)
-    # Without classes pycocotools still passes over what has none of the ground truth's: all boxes get the first.
+    # Without classes COCO's evaluation still passes over what has none of the ground truth's: all boxes get the first.
     label = min(evaluation.params.catIds, default=0)
     image_ids: List[int] = []
     num_boxes = 0

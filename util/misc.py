@@ -58,7 +58,11 @@ def nested_tensor_from_tensor_list(tensor_list: List[Tensor]) -> NestedTensor:
         height = max(height, image.shape[1])
         width = max(width, image.shape[2])
     first = tensor_list[0]
-    batch = torch.zeros([len(tensor_list), channels, height, width], dtype=first.dtype, device=first.device)
+    if first.stride(0) == 1:  # channels last, as images come from files and as convolutions like them
+        batch = torch.zeros([len(tensor_list), height, width, channels], dtype=first.dtype, device=first.device)
+        batch = batch.permute(0, 3, 1, 2)
+    else:
+        batch = torch.zeros([len(tensor_list), channels, height, width], dtype=first.dtype, device=first.device)
     mask = torch.ones([len(tensor_list), height, width], dtype=torch.bool, device=first.device)
     for i, image in enumerate(tensor_list):
         batch[i, :, : image.shape[1], : image.shape[2]].copy_(image)

@@ -156,6 +156,16 @@ def test_training_pipeline_by_hand():
     assert result["size"].tolist() == [800, 1000]
 
 
+def test_normalisation_keeps_the_layout():
+    planes = make_sample()[0].contiguous()
+    interleaved = planes.contiguous().permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    part = interleaved[:, 3:20, 5:30]
+    assert T.normalize_image(planes).is_contiguous()
+    for image in (interleaved, part):
+        assert T.normalize_image(image).permute(1, 2, 0).is_contiguous()
+        assert torch.equal(T.normalize_image(image), T.normalize_image(image.contiguous()))
+
+
 def test_small_images_need_no_resize():
     image, target = make_sample(96, 128, [(8, 8, 40, 40)])
     transforms = make_coco_transforms("val", val_size=96, max_size=128)

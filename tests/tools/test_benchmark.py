@@ -10,7 +10,7 @@ from PIL import Image
 
 from tools.benchmark import __main__ as program
 from tools.benchmark.__main__ import GROUPS, PARTS
-from tools.benchmark.contender import Losses
+from tools.benchmark.contender import Losses, Samples
 from tools.benchmark.counting import Flops, HostReads, Stopwatch
 from tools.benchmark.data_start import write_annotations
 from tools.benchmark.hugging_face import HuggingFaceLosses
@@ -18,6 +18,7 @@ from tools.benchmark.machine import PeakMemory, matrix_product_peak
 from tools.benchmark.photographs import write_photographs
 from tools.benchmark.rounds import LEAST_REPEATS, OURS, Rounds, spread
 from tools.benchmark.scoring import losses_spec
+from tools.benchmark.torchvision_samples import TorchvisionSamples
 from util.errors import run_program
 
 SMALL = ("--device cpu --threads 1 --seconds 0 --train_batch 2 --pretrain_size 96 96 --finetune_size 96 128 "
@@ -136,6 +137,29 @@ def test_parts_on_labelled_images(tmp_path: Path) -> None:
     assert all(TIMES <= set(parts[name]["ours"]) for name in chosen[:-1])
 
 
+def test_samples_against_torchvision(tmp_path: Path) -> None:
+    chosen = ["updetr_sample", "voc_sample"]
+    parts = measured(tmp_path, "--parts", *chosen, "--against", "torchvision", MODEL)["parts"]
+    assert parts["updetr_sample"]["against"]["torchvision"]["ratio"] > 0
+    assert parts["voc_sample"]["against"]["torchvision"] == {"note": "torchvision has no such thing"}
+
+
+@pytest.mark.parametrize("flags", [
+    "--dataset_file imagenet --imagenet_path {}/unlabelled --patch_size 32 --pretrain_sizes 64",
+    "--dataset_file coco --coco_path {}/coco --train_sizes 96 --crop_resize 72 --crop_size 48 64"])
+def test_torchvisions_samples_are_like_ours(flags: str, tmp_path: Path) -> None:
+    write_photographs(tmp_path, 2, (96, 128))
+    spec = {"flags": [*flags.format(tmp_path).split(), "--device", "cpu", "--load_backbone", "none"], "seed": 0}
+    for ours, theirs in zip(Samples(spec).dataset[0], TorchvisionSamples(spec).dataset[0]):
+        if isinstance(ours, dict):
+            assert theirs["boxes"].min() >= 0 and theirs["boxes"].max() <= 1
+            assert len(theirs["boxes"]) == len(theirs["labels"]) > 0
+        else:
+            assert ours.dtype == theirs.dtype and ours.dim() == theirs.dim()
+            assert min(ours.shape[-2:]) == min(theirs.shape[-2:])
+            assert theirs.mean().abs() < 1 and 0.1 < theirs.std() < 2
+
+
 def test_groups_name_parts_once() -> None:
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(PARTS) == sorted(set(PARTS))
 
@@ -185,7 +209,7 @@ def test_growth_of_data(tmp_path: Path) -> None:
     (["--seconds", "-1"], "--seconds -1.0 must be at least 0"),
     (["--train_batch", "0"], "--train_batch 0 must be more than 0"),
     (["--finetune_size", "640", "8"], "--finetune_size 640 8: each side must be at least 96"),
-    (["--against", "nowhere"], "--against nowhere is neither hf nor a folder with a main.py"),
+    (["--against", "nowhere"], "--against nowhere is neither hf nor torchvision nor a folder with a main.py"),
     (["--output", "figures.txt"], "--output figures.txt: the name must end in one of .json"),
     (["--values", "3"], "--values needs --growth with one axis"),
     (["--parts", "losses_16", "--", "--layers", "3"], "unrecognized arguments: --layers 3")])

@@ -32,6 +32,14 @@ def test_bad_images_are_refused():
         nested_tensor_from_tensor_list([torch.zeros(3, 4, 5), torch.zeros(1, 4, 5)])
 
 
+def test_batches_have_the_layout_of_their_images():
+    images = [torch.rand(4, 5, 3).permute(2, 0, 1), torch.rand(6, 2, 3).permute(2, 0, 1)]
+    batch, mask = nested_tensor_from_tensor_list(images).decompose()
+    plain, same_mask = nested_tensor_from_tensor_list([image.contiguous() for image in images]).decompose()
+    assert torch.equal(batch, plain) and torch.equal(mask, same_mask) and plain.is_contiguous()
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_nested_tensors_move_and_describe_themselves():
     nested = nested_tensor_from_tensor_list([torch.zeros(3, 2, 2)])
     moved = nested.to(torch.device("meta"))

@@ -13,7 +13,7 @@ from tools.benchmark import report
 from tools.benchmark.data import LOADERS, SAMPLES, measure_loader, measure_samples
 from tools.benchmark.growth import AXES, measure_growth
 from tools.benchmark.machine import describe_machine, matrix_product_peak
-from tools.benchmark.peers import HUGGING_FACE
+from tools.benchmark.peers import OTHERS
 from tools.benchmark.scaling import measure_scaling
 from tools.benchmark.scoring import LOSSES, measure_evaluation, measure_losses
 from tools.benchmark.steps import measure_step, peak_type
@@ -46,8 +46,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                              + ")")
     parser.add_argument("--seconds", type=float, default=5, help="how long to repeat each part, at least (5)")
     parser.add_argument("--against", nargs="+", default=[], metavar="OTHER",
-                        help="measure others in turn with this checkout: hf for Hugging Face's models, or folders of "
-                             "checkouts, of this project or of another that is built by main.get_args_parser() and "
+                        help="measure others in turn with this checkout: hf for Hugging Face's models, torchvision for "
+                             "samples made with Pillow and torchvision's first transforms, or folders of checkouts, of "
+                             "this project or of another that is built by main.get_args_parser() and "
                              "models.build_model()")
     parser.add_argument("--train_batch", type=int, default=2, help="images of a training step (2)")
     parser.add_argument("--inference_batch", type=int, default=1, help="images of an inference (1)")
@@ -92,8 +93,8 @@ def check(args: argparse.Namespace) -> None:
         if min(height, width) < LEAST_SIDE:
             raise InputError(f"--{name} {height} {width}: each side must be at least {LEAST_SIDE}")
     for other in args.against:
-        if other != HUGGING_FACE and not (Path(other) / "main.py").is_file():
-            raise InputError(f"--against {other} is neither {HUGGING_FACE} nor a folder with a main.py")
+        if other not in OTHERS and not (Path(other) / "main.py").is_file():
+            raise InputError(f"--against {other} is neither {' nor '.join(OTHERS)} nor a folder with a main.py")
     for flag, ending in (("output", ".json"), ("plot", ".png")):
         if getattr(args, flag):
             require_ending(getattr(args, flag), (ending,), f"--{flag}")

@@ -308,8 +308,8 @@ class Server:
         torch.set_num_threads(spec["threads"])
         try:
             kinds = CONTENDERS
-            if spec["kind"] == "hf":
-                kinds = importlib.import_module("tools.benchmark.hugging_face").CONTENDERS
+            if spec["kind"] != "checkout":
+                kinds = importlib.import_module(spec["kind"]).CONTENDERS
             contender = kinds[spec["work"]](spec)
             found = contender.check() if contender.comparable else {}
             torch.save(found, spec["outputs"])

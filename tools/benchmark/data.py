@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, Iterator, List
 import main
 from datasets import build_dataset
 from tools.benchmark.contender import Training
-from tools.benchmark.peers import contest
+from tools.benchmark.peers import TORCHVISION, contest
 from tools.benchmark.photographs import DISTINCT, write_photographs
 from tools.benchmark.rounds import LEAST_REPEATS, synchronize
 from tools.benchmark.workloads import SEED, make_batch, model_flags, parse_main_flags
@@ -30,7 +30,8 @@ def measure_samples(name: str, args: argparse.Namespace) -> Dict[str, Any]:
         write_photographs(Path(folder), DISTINCT, args.photo_size)
         words = model_flags(flags.format(folder), args)
         parse_main_flags(words)
-        result = contest("samples", {"flags": words, "seed": SEED}, args, 1)[1]
+        others = {} if name == "voc_sample" else {TORCHVISION: {}}
+        result = contest("samples", {"flags": words, "seed": SEED}, args, 1, others)[1]
     return {"title": title, "images": 1, "size": args.photo_size, **result}
 
 

@@ -1,11 +1,12 @@
-"""Others to compare with, each in a process of its own: Hugging Face's models, or another checkout."""
+"""Others to compare with, each in a process of its own: Hugging Face, torchvision's transforms, other checkouts."""
 import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
@@ -14,7 +15,9 @@ from tools.benchmark.rounds import Rounds
 from util.errors import InputError
 
 CONTENDER = Path(__file__).with_name("contender.py")
-HUGGING_FACE = "hf"
+HUGGING_FACE, TORCHVISION = "hf", "torchvision"
+# Those that aren't checkouts: where their contenders are.
+OTHERS = {HUGGING_FACE: "tools.benchmark.hugging_face", TORCHVISION: "tools.benchmark.torchvision_samples"}
 
 
 class Peer:
@@ -75,7 +78,7 @@ class Peer:
 
 
 def contest(work: str, spec: Dict[str, Any], args: argparse.Namespace, images: int,
-            options: Optional[Dict[str, Any]] = None) -> Tuple[Any, Dict[str, Any]]:
+            others: Mapping[str, Dict[str, Any]] = MappingProxyType({})) -> Tuple[Any, Dict[str, Any]]:
     """Time a kind of work, ours and that of `args.against` in turn.
 
     Args:
@@ -83,7 +86,7 @@ def contest(work: str, spec: Dict[str, Any], args: argparse.Namespace, images: i
         spec: for ours, see `contender`. Checkouts get the same, and our weights if the work has a model.
         args: the benchmark's flags.
         images: how many one turn works through.
-        options: our resolved flags for Hugging Face's models; None if these can't do it.
+        others: by name, what those of `OTHERS` that can do it are told besides the spec.
 
     Returns:
         our contender, and `ours`, `against` as of `Rounds.results` with what could be compared besides the time.
@@ -94,8 +97,8 @@ def contest(work: str, spec: Dict[str, Any], args: argparse.Namespace, images: i
     with tempfile.TemporaryDirectory() as folder:
         try:
             for number, name in enumerate(args.against):
-                if name != HUGGING_FACE or options is not None:
-                    peers.append(_peer(name, work, spec, ours, options, Path(folder) / str(number)))
+                if name not in OTHERS or name in others:
+                    peers.append(_peer(name, work, spec, ours, others.get(name), Path(folder) / str(number)))
             rounds = Rounds(args.seconds, ours.device, {peer.name: peer.turn for peer in peers})
             ours.run(rounds)
             result = rounds.results(images)
@@ -104,12 +107,12 @@ def contest(work: str, spec: Dict[str, Any], args: argparse.Namespace, images: i
         finally:
             for peer in peers:
                 peer.close()
-    if HUGGING_FACE in args.against and options is None:
-        result["against"][HUGGING_FACE] = {"note": "Hugging Face has no such thing"}
+    result["against"].update({name: {"note": f"{name} has no such thing"} for name in args.against
+                              if name in OTHERS and name not in others})
     return ours, {**({"loss": checked["loss"]} if "loss" in checked else {}), **result}
 
 
-def _peer(name: str, work: str, spec: Dict[str, Any], ours: Any, options: Optional[Dict[str, Any]],
+def _peer(name: str, work: str, spec: Dict[str, Any], ours: Any, told: Optional[Dict[str, Any]],
           folder: Path) -> Peer:
     """Start one of the others, with what it needs as files in a new folder."""
     folder.mkdir()
@@ -118,8 +121,8 @@ def _peer(name: str, work: str, spec: Dict[str, Any], ours: Any, options: Option
     if "data" in spec:
         mine["data"] = str(folder / "data.pt")
         torch.save(spec["data"], mine["data"])
-    if name == HUGGING_FACE:
-        mine.update(kind=HUGGING_FACE, options=options)
+    if name in OTHERS:
+        mine.update(kind=OTHERS[name], **told)
     elif "weights" in spec:
         mine["weights"] = str(folder / "weights.pt")
         torch.save(ours.model.state_dict(), mine["weights"])

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Tuple
 import torch
 
 from tools.benchmark.counting import HostReads
-from tools.benchmark.peers import contest
+from tools.benchmark.peers import HUGGING_FACE, contest
 from tools.benchmark.photographs import NUM_CATEGORIES, write_photographs
 from tools.benchmark.workloads import OBJECTS, SEED, make_target, model_flags, parse_main_flags
 
@@ -21,7 +21,7 @@ def measure_losses(name: str, args: argparse.Namespace) -> Dict[str, Any]:
     """Forward time of DETR's matching and losses for all decoder layers."""
     images = LOSSES[name]
     spec, options = losses_spec(images, args)
-    ours, result = contest("losses", spec, args, images, vars(options))
+    ours, result = contest("losses", spec, args, images, {HUGGING_FACE: {"options": vars(options)}})
     reads = HostReads()
     with reads:
         ours.loss()

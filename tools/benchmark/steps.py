@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from tools.benchmark.contender import AMP_TYPES, Model
 from tools.benchmark.counting import Flops, HostReads, Stopwatch, cuda_events
 from tools.benchmark.machine import PeakMemory
-from tools.benchmark.peers import contest
+from tools.benchmark.peers import HUGGING_FACE, contest
 from tools.benchmark.workloads import SEED, WORKLOADS, make_batch, model_flags, parse_main_flags, size_of
 
 COMPONENT_STEPS = 3
@@ -30,7 +30,7 @@ def measure_step(name: str, args: argparse.Namespace, peak: float) -> Dict[str, 
     batch = make_batch(workload.dataset_file, options, batch_size, (height, width))
     kind = "training" if workload.training else "inference"
     ours, result = contest(kind, {"flags": words, "data": batch, "seed": SEED, "weights": None}, args, batch_size,
-                           vars(options) if workload.at_hugging_face else None)
+                           {HUGGING_FACE: {"options": vars(options)}} if workload.at_hugging_face else {})
     result = {"title": workload.title, "images": batch_size, "size": [height, width], **result, **inside(ours)}
     rate = result["flops"] / result["ours"]["median_ms"] * 1000
     return {**result, "gflops_per_s": rate / 1e9, "share_of_peak": rate / peak}
