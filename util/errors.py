@@ -3,9 +3,8 @@ import io
 import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
+import time
 import traceback
 from typing import Callable
 
@@ -46,8 +45,10 @@ def run_program(program: Callable[[], None]) -> None:
     except Stopped as stop:
         line, status = str(stop), STOPPED
     except Exception as error:
-        _hear_no_more_of_workers()
-        line, status = _of_dead_worker(error), 4
+        try:
+            line, status = _of_dead_worker(error), 4
+        except RuntimeError as news:  # torch raises that a loading process died at whatever line is at its turn
+            line, status = _of_dead_worker(news), 4
         if not line and not _has_company():
             raise
         if not line:
@@ -62,12 +63,6 @@ def run_program(program: Callable[[], None]) -> None:
     sys.exit(status)
 
 
-def _hear_no_more_of_workers() -> None:
-    """Let no further news of dead loading processes, which torch raises at any line, come in between."""
-    if threading.current_thread() is threading.main_thread():  # others may not set handlers
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
 def _of_dead_worker(error: Exception) -> str:
     """The sentence for an error that a dead data-loading process is the reason of; "" for others."""
     died = WORKER_DIED.search(f"{error.__cause__} {error}")  # the cause, if there is one, knows the signal
@@ -80,9 +75,11 @@ def _of_dead_worker(error: Exception) -> str:
 
 
 def _news_of_workers() -> str:
-    """What torch says when it is asked whether loading processes died; "" if all is well."""
+    """What torch says of loading processes that died, perhaps a moment later than their connections; "" if all is well."""
     try:
-        sys.modules["torch"]._C._error_if_any_worker_fails()
+        for _ in range(20):
+            sys.modules["torch"]._C._error_if_any_worker_fails()
+            time.sleep(0.05)
     except (KeyError, RuntimeError) as error:
         return str(error)
     return ""
