@@ -30,6 +30,7 @@ from tools.torture.attempts import Attempt, warm_up
 from tools.torture.faults import DISK_MB, ON_IMAGES, ON_RUNS, ON_TWO_PROCESSES, Fault, Place, SmallDisk
 from util.checkpoint import load_checkpoint
 from util.errors import InputError, run_program
+from util.saving import newest_checkpoint
 
 EPOCHS, IMAGES = 4, 24
 HANGS_AFTER_S = 60
@@ -200,7 +201,8 @@ class Torture:
             if lines[-1]["unreadable_images"] != attempt.text.count("passed over:"):
                 self.fail(attempt, f"{attempt.text.count('passed over:')} images were passed over, but {verdict}")
         else:
-            mine, other = (load_checkpoint(str(folder / "checkpoint.pth"))["model"]
+            # Of a training that was over when its last checkpoint was spoilt, the last epoch's own is the end.
+            mine, other = (load_checkpoint(newest_checkpoint(str(folder)))["model"]
                            for folder in (place.output, self.straight))
             same_weights = mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in other)
             same_log = (place.output / "log.txt").read_text() == (self.straight / "log.txt").read_text()

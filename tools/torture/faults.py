@@ -174,5 +174,6 @@ class SmallDisk:
 
     def __exit__(self, *error: object) -> None:
         if self.is_mounted:
-            subprocess.run(["umount", str(self.folder)], check=True)
+            # Lazily: a process that was killed may not have let go of it yet.
+            subprocess.run(["umount", "-l", str(self.folder)], check=True)
         self._temporary.cleanup()
