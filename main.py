@@ -5,6 +5,7 @@ import datetime
 import functools
 import inspect
 import secrets
+import sys
 import time
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
@@ -249,10 +250,13 @@ def build_val_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
 
 def _loader(dataset: Any, batches: Any, args: argparse.Namespace) -> DataLoader:
     # Its own generator: the loader then takes nothing from the one that dropout uses.
-    # Workers live on between epochs; the data sets keep their epoch where these see it.
+    # Workers live on between epochs; the data sets keep their epoch where these see it. They are forked where they can
+    # be, whatever Python's default: they then share the data set's memory, and end when this process is killed.
+    context = ("fork" if sys.platform == "linux" else "spawn") if args.num_workers else None
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=args.num_workers,
                       persistent_workers=args.num_workers > 0, pin_memory=torch.device(args.device).type == "cuda",
-                      generator=torch.Generator().manual_seed(args.seed), worker_init_fn=shield_worker)
+                      generator=torch.Generator().manual_seed(args.seed), worker_init_fn=shield_worker,
+                      multiprocessing_context=context)
 
 
 class Evaluation:
