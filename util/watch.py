@@ -54,6 +54,7 @@ class StepWatch:
         self._sent: Optional[_Step] = None
         on_gpu = device.type == "cuda"
         self._verdict = torch.zeros(4, pin_memory=on_gpu)
+        self._on_host = self._verdict.numpy()  # the same memory
         self._arrived = torch.cuda.Event() if on_gpu else None
         self._overflows = torch.zeros((), device=device)  # in a row, up to the last step
 
@@ -121,7 +122,7 @@ class StepWatch:
         step, self._sent = self._sent, None
         if self._arrived:
             self._arrived.synchronize()
-        total, norm, save, stop = self._verdict.tolist()
+        total, norm, save, stop = self._on_host.tolist()
         self.save, self.stop = self.save or save > 0, self.stop or stop > 0
         if not math.isfinite(total):
             terms = [name for name, value in step.losses.items() if not math.isfinite(value)]

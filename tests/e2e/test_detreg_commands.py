@@ -214,9 +214,9 @@ def test_evaluating_a_pre_training_as_a_detector_names_both_models(pretrained, d
 def test_a_seed_that_is_drawn_and_checkpoints_now_and_then(data_root, caches, tmp_path, monkeypatch):
     saved, whole = [], TrainingState.save
 
-    def save(self, args, epoch, *rest):
+    def save(self, args, epoch, *rest, **options):
         saved.append(epoch)
-        whole(self, args, epoch, *rest)
+        whole(self, args, epoch, *rest, **options)
 
     monkeypatch.setattr(TrainingState, "save", save)
     flags = ["--dataset", "coco_pretrain", "--data_root", data_root, *SMALL_REGIONS, "--cache_path",
