@@ -45,7 +45,8 @@ class Fault:
         inject: does it; returns False if there was nothing to do it to.
         ends: exit statuses that a process may then have (0: it came to its end nevertheless).
         while_stepping: whether it waits until the attempt has taken a step.
-        may_trace: whether a traceback may be printed: that of a process which lost another one.
+        may_trace: whether a traceback may be printed: that of a process which lost another one, as loading processes do
+            when theirs is killed.
         heal: undoes what would hinder the next attempt.
     """
 
@@ -131,18 +132,18 @@ def _change_image(change: Callable[[Path], None]) -> Callable[[Attempt, Place, r
 KILLED, STOPS, REFUSED, WORKER_GONE = frozenset({-9}), frozenset({STOPPED, 0}), frozenset({2, 0}), frozenset({4, 0})
 
 ON_RUNS: Dict[str, Fault] = {
-    "kill -9": Fault(_kill, KILLED),
+    "kill -9": Fault(_kill, KILLED, may_trace=True),
     "terminate": Fault(_signal(signal.SIGTERM), STOPS, while_stepping=True),
     "interrupt": Fault(_signal(signal.SIGINT), STOPS, while_stepping=True),
     "fill the disk": Fault(_fill_disk, REFUSED, heal=_free_disk),
-    "kill -9, garble the newest checkpoint": Fault(_spoil(_garbled), KILLED),
-    "kill -9, cut the newest checkpoint": Fault(_spoil(_cut), KILLED),
+    "kill -9, garble the newest checkpoint": Fault(_spoil(_garbled), KILLED, may_trace=True),
+    "kill -9, cut the newest checkpoint": Fault(_spoil(_cut), KILLED, may_trace=True),
     "kill -9 a loading process": Fault(_kill_worker, WORKER_GONE, while_stepping=True),
 }
 ON_TWO_PROCESSES: Dict[str, Fault] = {
     "kill -9 one of two processes": Fault(_signal(signal.SIGKILL), frozenset(range(-64, 256)), may_trace=True),
     "terminate one of two processes": Fault(_signal(signal.SIGTERM), STOPS, while_stepping=True),
-    "kill -9 both processes": Fault(_kill, KILLED),
+    "kill -9 both processes": Fault(_kill, KILLED, may_trace=True),
     "kill -9 a loading process of two": Fault(_kill_worker, frozenset({-15, 0, 1, 4}), while_stepping=True, may_trace=True),
 }
 ON_IMAGES: Dict[str, Fault] = {
