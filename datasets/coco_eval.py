@@ -129,8 +129,9 @@ class _Evaluation(COCOeval_faster):
 
     def _prepare(self) -> None:
         ground_truth = self.cocoGt
+        self._evaluated = set(self.params.imgIds)
         self.cocoGt = copy.copy(ground_truth)
-        self.cocoGt.anns = {key: dict(annotation) for key, annotation in ground_truth.anns.items()}
+        self.cocoGt.anns = {key: self._own(annotation) for key, annotation in ground_truth.anns.items()}
         super()._prepare()
         # A match with annotation id 0 is taken for none: these private copies, which `gt_dataset` refers to, are counted
         # from 1. super() has just set `ignore` to `iscrowd`; unlike a crowd, a difficult object keeps the usual IoU.
@@ -138,6 +139,12 @@ class _Evaluation(COCOeval_faster):
             annotation["id"] = number
             annotation["ignore"] = annotation.get("ignore", 0) or annotation.get("difficult", 0)
         self.cocoGt = ground_truth
+
+    def _own(self, annotation: dict) -> dict:
+        """Copies an annotation; its mask is what the ground truth says, which knows where it is and what is wrong with it."""
+        if self.params.iouType == "bbox" or annotation["image_id"] not in self._evaluated:
+            return dict(annotation)
+        return {**annotation, "segmentation": self.cocoGt.annToRLE(annotation)}
 
 
 def _say_nothing(text: str) -> None:
