@@ -132,6 +132,9 @@ class _Evaluation(COCOeval_faster):
         self._evaluated = set(self.params.imgIds)
         self.cocoGt = copy.copy(ground_truth)
         self.cocoGt.anns = {key: self._own(annotation) for key, annotation in ground_truth.anns.items()}
+        # Sizes are asked for, but of no use to masks that are run lengths already; panoptic files may lack them.
+        for coco in (self.cocoGt, self.cocoDt):
+            coco.imgs = {key: {"height": 0, "width": 0, **image} for key, image in coco.imgs.items()}
         super()._prepare()
         # A match with annotation id 0 is taken for none: these private copies, which `gt_dataset` refers to, are counted
         # from 1. super() has just set `ignore` to `iscrowd`; unlike a crowd, a difficult object keeps the usual IoU.
