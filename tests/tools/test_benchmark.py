@@ -16,7 +16,7 @@ from tools.benchmark.contender import Losses, Samples
 from tools.benchmark.counting import Flops, HostReads, Stopwatch
 from tools.benchmark.data_start import write_annotations
 from tools.benchmark.hugging_face import HuggingFaceLosses
-from tools.benchmark.machine import PeakMemory, matrix_product_peak
+from tools.benchmark.machine import matrix_product_peak
 from tools.benchmark.photographs import write_photographs
 from tools.benchmark.rounds import LEAST_REPEATS, OURS, Rounds, spread
 from tools.benchmark.scoring import losses_spec
