@@ -85,15 +85,10 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
                 outputs = model(*inputs)
             with watch.matching():
                 losses = criterion(outputs, targets)  # waits for the device: the matching is solved on the host
-            scaler.scale(weighted_sum(losses, criterion.weight_dict) / group_size).backward()
-        gradient_norm = None
-        if last_of_group:
-            scaler.unscale_(optimizer)
-            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-            scaler.step(optimizer)  # with float16 on a GPU this waits too, to see whether gradients overflowed
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-        reduced = watch.reduce(losses, criterion.weight_dict, gradient_norm, may_overflow=scaler.is_enabled())
+            loss = weighted_sum(losses, criterion.weight_dict)
+            scaler.scale(loss / group_size).backward()
+        gradient_norm = _optimizer_step(model, optimizer, scaler, max_norm) if last_of_group else None
+        reduced = watch.reduce(losses, loss.detach(), gradient_norm, may_overflow=scaler.is_enabled())
         if "overflow" in reduced:
             logger.update(overflow=reduced.pop("overflow"))
         _log(logger, reduced, criterion.weight_dict)
@@ -108,13 +103,24 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     return logger.averages()
 
 
+def _optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler",
+                    max_norm: float) -> Tensor:
+    """Clip the gradients, take a step and forget them; returns their norm before."""
+    scaler.unscale_(optimizer)
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    scaler.step(optimizer)  # whether float16 overflowed is asked for on the host if the optimizer isn't fused
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return gradient_norm
+
+
 def _log(logger: MetricLogger, losses: Dict[str, Tensor], weights: Dict[str, float]) -> None:
-    """Record losses: weighted under their names, as they are with `_unscaled`."""
-    logger.update(loss=weighted_sum(losses, weights), class_error=losses["class_error"])
+    """Record losses, and their total `loss`: weighted under their names, as they are with `_unscaled`."""
+    logger.update(loss=losses["loss"], class_error=losses["class_error"])
     for name, value in losses.items():
         if name in weights:
             logger.meters[name].update(value, weight=weights[name])
-    logger.update(**{f"{name}_unscaled": value for name, value in losses.items() if name != "class_error"})
+    logger.update(**{f"{name}_unscaled": value for name, value in losses.items() if name not in ("loss", "class_error")})
 
 
 @torch.no_grad()
@@ -146,7 +152,8 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             outputs = model(*inputs)
         for index, target in enumerate(targets):  # one by one: averages then don't depend on the batches
-            _log(logger, criterion(_of_image(outputs, index), [target]), criterion.weight_dict)
+            losses = criterion(_of_image(outputs, index), [target])
+            _log(logger, {**losses, "loss": weighted_sum(losses, criterion.weight_dict)}, criterion.weight_dict)
         original_sizes = torch.stack([target["orig_size"] for target in targets])
         detections = postprocessors["bbox"](outputs, original_sizes)
         sizes = torch.stack([target["size"] for target in targets])

@@ -85,26 +85,25 @@ class StepWatch:
         self.settle()
 
     @torch.no_grad()
-    def reduce(self, losses: Dict[str, Tensor], weights: Dict[str, float], gradient_norm: Optional[Tensor],
+    def reduce(self, losses: Dict[str, Tensor], total: Tensor, gradient_norm: Optional[Tensor],
                may_overflow: bool = False) -> Dict[str, Tensor]:
         """Averages of the step's losses over all processes.
 
         Args:
-            losses: this process's, scalar tensors by name; weights: those of the total loss.
+            losses: this process's, scalar tensors by name; total: their weighted sum, which is returned as `loss`.
             gradient_norm: of an optimizer step; None without one.
             may_overflow: the gradient may be infinite now and then, as a loss scaler for float16 has it. The share of such
                 steps is added as `overflow`.
         """
         norm = torch.zeros((), device=self.device) if gradient_norm is None else gradient_norm.float()
         asked = torch.tensor([float(self.listener.save), float(self.listener.stop)]).to(self.device, non_blocking=True)
-        reduced = reduce_dict({**losses, "save": asked[0], "stop": asked[1]})
+        reduced = reduce_dict({**losses, "loss": total, "save": asked[0], "stop": asked[1]})
         asked = [reduced.pop("save"), reduced.pop("stop")]
-        total = sum(reduced[name] * weight for name, weight in weights.items() if name in reduced)
         if may_overflow and gradient_norm is not None:
             reduced["overflow"] = 1 - norm.isfinite().float()
             self._overflows = (self._overflows + 1) * reduced["overflow"]
             norm = torch.where(self._overflows > MOST_OVERFLOWS, norm, torch.zeros_like(norm))
-        self._verdict.copy_(torch.stack([total.float(), norm, *asked]), non_blocking=True)
+        self._verdict.copy_(torch.stack([reduced["loss"].float(), norm, *asked]), non_blocking=True)
         if self._arrived:
             self._arrived.record()
         self._now.losses = {name: value.detach() for name, value in losses.items()}

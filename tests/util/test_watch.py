@@ -20,7 +20,8 @@ def take(watch, step, losses, norm=1.0, epoch=4, **options):
                                "masks": torch.zeros(200, 200)}])
     with watch.matching():
         pass
-    return watch.reduce({name: torch.tensor(value) for name, value in losses.items()}, WEIGHTS, torch.tensor(norm), **options)
+    total = torch.tensor(sum(losses[name] * weight for name, weight in WEIGHTS.items()))
+    return watch.reduce({name: torch.tensor(value) for name, value in losses.items()}, total, torch.tensor(norm), **options)
 
 
 @pytest.mark.parametrize("losses, norm, words", [
@@ -80,7 +81,7 @@ def test_what_signals_ask_for_is_read_a_step_later():
     watch = StepWatch(CPU, listener)
     listener.save = True
     reduced = take(watch, 0, FINE)
-    assert set(reduced) == set(FINE) and not watch.save
+    assert set(reduced) == {*FINE, "loss"} and reduced["loss"] == 5 and not watch.save
     listener.save = False
     take(watch, 1, FINE)
     assert watch.save and not watch.stop
