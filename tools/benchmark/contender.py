@@ -11,6 +11,7 @@ the project at the top. Of a checkout it asks only this:
 - evaluation: `datasets.get_coco_api_from_dataset(dataset)` and `datasets.coco_eval.CocoEvaluator(coco, ["bbox"])` with
   `update`, `synchronize_between_processes`, `accumulate`, `summarize` and `coco_eval["bbox"].stats`.
 """
+import abc
 import contextlib
 import importlib
 import importlib.util
@@ -42,7 +43,7 @@ class Endless:
             yield self.batch
 
 
-class Checkout:
+class Checkout(abc.ABC):
     """What one turn of work is, in the checkout whose modules can be imported.
 
     Args:
@@ -67,9 +68,9 @@ class Checkout:
         """What is compared with the others' results: `loss`, a number, and tensors."""
         return {}
 
+    @abc.abstractmethod
     def run(self, turns: Iterable[Any]) -> None:
         """One unit of work for each of the turns."""
-        raise NotImplementedError
 
 
 class Model(Checkout):
