@@ -107,6 +107,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--feature_recon", action="store_true", default=None, help="also reconstruct the patches' features")
     group.add_argument("--query_shuffle", action="store_true", default=None, help="shuffle the query embeddings")
     group.add_argument("--fre_cnn", action="store_true", default=None, help="freeze the backbone")
+    group.add_argument("--no_attention_mask", action="store_true", default=None,
+                       help="let the queries of different patches see each other (the paper's ablation)")
     group.add_argument("--match_within_group", action="store_true", default=None,
                        help="a patch may only be matched to the queries it was added to (beyond the paper)")
     group.add_argument("--patch_size", type=int, help="side in pixels to which patches are resized (128)")

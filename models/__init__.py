@@ -56,7 +56,7 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
     if pretraining:
         num_classes = PATCH_CLASSES
         model: nn.Module = UPDETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss, args.num_patches,
-                                  args.feature_recon, args.query_shuffle)
+                                  args.feature_recon, args.query_shuffle, separate_groups=not args.no_attention_mask)
         if args.feature_recon:
             weights["loss_feature"] = 1.0
             losses.append("feature")

@@ -11,15 +11,16 @@ from util.misc import NestedTensor, nested_tensor_from_tensor_list
 class UPDETR(DETR):
     """DETR whose object queries carry the features of image patches that it has to find.
 
-    The N object queries fall into M groups of N / M; patch j is added to every query of group j. Queries of different groups
-    don't see each other in the decoder's self-attention. Three classes as in the published weights: 0 is unused, 1 is "this
-    query found its patch", 2 is "nothing".
+    The N object queries fall into M groups of N / M; patch j is added to every query of group j. Unless told otherwise,
+    queries of different groups don't see each other in the decoder's self-attention. Three classes as in the published
+    weights: 0 is unused, 1 is "this query found its patch", 2 is "nothing".
 
     Args:
         backbone, transformer, num_classes, num_queries, aux_loss: as for `DETR`.
         num_patches: M.
         feature_recon: also reconstruct the patch features from the decoder's outputs (sec. 3.2, `feature_align`).
         query_shuffle: in training, give the query embeddings to the queries in random order.
+        separate_groups: False lets the queries of all patches see each other (the ablation of sec. 3.3's attention mask).
         mask_ratio: share of queries whose patch feature is zeroed in training, drawn for each query and image.
 
     Raises:
@@ -28,7 +29,7 @@ class UPDETR(DETR):
 
     def __init__(self, backbone: nn.Module, transformer: nn.Module, num_classes: int = 2, num_queries: int = 100,
                  aux_loss: bool = False, num_patches: int = 10, feature_recon: bool = True, query_shuffle: bool = False,
-                 mask_ratio: float = 0.1) -> None:
+                 separate_groups: bool = True, mask_ratio: float = 0.1) -> None:
         super().__init__(backbone, transformer, num_classes, num_queries, aux_loss)
         if num_patches < 1 or num_queries % num_patches:
             raise ValueError(f"{num_queries} queries can't be shared out evenly among {num_patches} patches")
@@ -41,7 +42,7 @@ class UPDETR(DETR):
         self.queries_per_patch = num_queries // num_patches
         self.query_shuffle = query_shuffle
         self.mask_ratio = mask_ratio
-        group = torch.arange(num_queries) // self.queries_per_patch
+        group = torch.arange(num_queries) // (self.queries_per_patch if separate_groups else num_queries)
         self.register_buffer("attention_mask", group[:, None] == group[None, :], persistent=False)
 
     def forward(self, samples: NestedTensor, patches: Tensor) -> Dict[str, Tensor]:

@@ -55,8 +55,8 @@ RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
     ("deformable_detr", "voc"): {**_DEFORMABLE_LABELLED, **_SUBSETS},
     ("detr", "imagenet"): {
         **_DETR, "batch_size": 2, "epochs": 60, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav",
-        "num_patches": 10, "feature_recon": False, "query_shuffle": False, "fre_cnn": False, "match_within_group": False,
-        "patch_size": 128, "min_patch": 8, "held_out_share": 0.0,
+        "num_patches": 10, "feature_recon": False, "query_shuffle": False, "no_attention_mask": False, "fre_cnn": False,
+        "match_within_group": False, "patch_size": 128, "min_patch": 8, "held_out_share": 0.0,
         "lr_backbone": lambda args: 0.0 if args.fre_cnn else args.lr,
         "eos_coef": lambda args: args.num_patches / args.num_queries,
     },
@@ -86,8 +86,8 @@ FLAGS_OF = {
     **{name: ("coco", "coco_panoptic") for name in (
         "train_images", "train_annotations", "val_images", "val_annotations")},
     **{name: ("imagenet",) for name in (
-        "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "fre_cnn",
-        "match_within_group", "min_patch", "max_patch")},
+        "imagenet_val_path", "held_out_share", "num_patches", "feature_recon", "query_shuffle", "no_attention_mask",
+        "fre_cnn", "match_within_group", "min_patch", "max_patch")},
     **{name: ("imagenet", "regions") for name in (
         "imagenet_path", "class_list", "patch_size", "pretrain_sizes", "pretrain_max_size")},
     **{name: ("regions",) for name in (

@@ -50,6 +50,18 @@ def test_a_patch_changes_its_own_predictions_only(updetr, images, patches, pre_n
         assert change.min() > 1e-4, "each query of the group must notice its patch"
 
 
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_without_the_attention_mask_each_prediction_depends_on_all_patches(updetr, images, patches, pre_norm):
+    model = updetr(pre_norm=pre_norm, no_attention_mask=True)
+    other = patches.clone()
+    other[1, 1] = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():  # of the last layer: what the first layer's self-attention adds up is zero as yet
+        before, after = (model(images, shown)["pred_boxes"] for shown in (patches, other))
+    torch.testing.assert_close(after[0], before[0], rtol=1e-5, atol=1e-5)  # another image's stay
+    assert (after[1] - before[1]).abs().amax(-1).min() > 1e-6
+    assert model.state_dict().keys() == updetr(pre_norm=pre_norm).state_dict().keys()
+
+
 def test_patches_are_also_independent_in_the_gradient(updetr, images, patches):
     model = updetr(lr_backbone=1e-4)
     patches.requires_grad_()

@@ -32,7 +32,7 @@ LABELLED = dict(epochs=300, lr_drop=200, lr=1e-4, lr_backbone=1e-5, eos_coef=0.1
                 mask_loss_coef=1, dice_loss_coef=1, mask_softmax="joint")
 PRETRAINING = dict(epochs=60, lr_drop=40, lr=1e-4, lr_backbone=1e-4, eos_coef=0.1, load_backbone="swav", num_patches=10,
                    num_queries=100, feature_recon=False, fre_cnn=False, query_shuffle=False, match_within_group=False,
-                   patch_size=128, min_patch=8)
+                   no_attention_mask=False, patch_size=128, min_patch=8)
 
 
 DEFORMABLE = dict(epochs=50, lr_drop=40, lr=2e-4, lr_backbone=2e-5, num_queries=300, dim_feedforward=1024, set_cost_class=2,
@@ -342,8 +342,8 @@ def test_the_start_of_the_log_names_every_value():
 
 # Flags of ours that no original has. A new flag is a decision: it enters this list with it.
 OWN = {"--accumulate_steps", "--amp", "--tf32", "--compile", "--no_fuse", "--backbone_last_layer", "--num_classes",
-       "--match_within_group", "--group_by_aspect", "--load_embedding", "--position_from_centre", "--patch_size",
-       "--min_patch", "--max_patch", "--pretrain_sizes",
+       "--no_attention_mask", "--match_within_group", "--group_by_aspect", "--load_embedding", "--position_from_centre",
+       "--patch_size", "--min_patch", "--max_patch", "--pretrain_sizes",
        "--pretrain_max_size", "--voc_path", "--imagenet_val_path", "--held_out_share", "--train_sizes", "--crop_resize",
        "--crop_size", "--val_size", "--max_size", "--mask_softmax", "--local_rank", "--local-rank",
        "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard",
