@@ -48,6 +48,8 @@ class ToySettings:
     num_train: int = field(default=500, metadata={"help": "labelled training images"})
     num_val: int = field(default=200, metadata={"help": "labelled validation images"})
     max_objects: int = field(default=5, metadata={"help": "most objects in an image, crowds not counted"})
+    min_object: float = field(default=0.125, metadata={
+        "help": "least diameter of an object, as a share of image_size; the largest is 0.625"})
     empty_share: float = field(default=0.04, metadata={"help": "share of images without any object"})
     crowd_share: float = field(default=0.04, metadata={"help": "share of images with a crowd of small objects"})
     seed: int = field(default=0, metadata={"help": "seed of all randomness"})
@@ -61,6 +63,8 @@ class ToySettings:
                 raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
         if not 1 <= self.max_objects <= 100:
             raise InputError(f"--max_objects must lie between 1 and 100, got {self.max_objects}")
+        if not 0.05 <= self.min_object <= LARGEST_OBJECT:
+            raise InputError(f"--min_object must lie between 0.05 and {LARGEST_OBJECT}, got {self.min_object}")
         if min(self.empty_share, self.crowd_share) < 0 or self.empty_share + self.crowd_share > 1:
             raise InputError("--empty_share and --crowd_share must not be negative nor exceed 1 together, "
                              f"got {self.empty_share} and {self.crowd_share}")
@@ -166,7 +170,7 @@ STUFF_IDS = {name: 21 + 2 * i for i, name in enumerate(STUFF_NAMES)}
 
 SUPERSAMPLING = 4  # sub-pixels per pixel and direction when an object is drawn
 MIN_VISIBLE = 0.55  # no object is covered or cut off beyond this share of its area
-OBJECT_SIZES = (0.125, 0.625)  # diameters as shares of image_size
+LARGEST_OBJECT = 0.625  # diameter as a share of image_size
 CROWD_SIZES = (0.07, 0.11)
 
 
@@ -352,7 +356,7 @@ def _put_objects(rng: np.random.Generator, canvas: _Canvas, settings: ToySetting
     height, width = canvas.pixels.shape[:2]
     for _ in range(int(rng.integers(1, settings.max_objects + 1))):
         class_index = int(rng.integers(len(CLASSES)))
-        diameter = settings.image_size * np.exp(rng.uniform(*np.log(OBJECT_SIZES)))
+        diameter = settings.image_size * np.exp(rng.uniform(*np.log((settings.min_object, LARGEST_OBJECT))))
         colour, coverage = _draw_object(rng, CLASSES[class_index], diameter, canvas.mean_colour)
         over_x, over_y = coverage.shape[1] // 8, coverage.shape[0] // 8
         for _ in range(12):

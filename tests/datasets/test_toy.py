@@ -239,6 +239,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 @pytest.mark.parametrize("change, flag", [
     ({"image_size": 8}, "--image_size"), ({"num_val": -1}, "--num_val"), ({"max_objects": 0}, "--max_objects"),
+    ({"min_object": 0.7}, "--min_object"),
     ({"crowd_share": 1.5}, "--crowd_share")])
 def test_values_out_of_range_name_their_flag(tmp_path, change, flag):
     with pytest.raises(InputError, match=flag):

@@ -1,0 +1,86 @@
+"""How large a reproduction is: its world, its model and how long everything trains."""
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Dict, Tuple
+
+from util.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that decides the results of a reproduction, besides its seeds. Strings are flags, as on a command line.
+
+    Attributes:
+        world: of `datasets.toy`; its unlabelled images are pre-trained on, half of its validation images report.
+        backbone: of `tools.pretrain_toy_backbone`; the network that every training starts from.
+        model: of main.py, for all models.
+        detr, deformable: for models of each kind.
+        updetr, detreg: for pre-trainings of each kind; what rows differ in is in `tools.reproduce.rows`.
+        finetune: for trainings on labels, alike for all rows.
+        num_patches: M of UP-DETR's rows with several patches.
+        pretrain_epochs, detreg_epochs: of each pre-training.
+        schedules: epochs of fine-tunings on all labels, by name; the shortest is the first.
+        labels: percentages of the labels; with fewer than all, the short schedule makes as many steps in more epochs.
+        evaluations: points of a learning curve.
+    """
+
+    world: str
+    backbone: str
+    model: str
+    detr: str
+    deformable: str
+    updetr: str
+    detreg: str
+    finetune: str
+    num_patches: int
+    pretrain_epochs: int
+    detreg_epochs: int
+    schedules: Dict[str, int]
+    labels: Tuple[int, ...] = (100, 10, 5)
+    evaluations: int = 6
+
+    @property
+    def shortest(self) -> str:
+        """Name of the shortest schedule, the first."""
+        return next(iter(self.schedules))
+
+
+SMALL = Preset(
+    world="--image_size 96 --num_unlabelled 4000 --num_train 800 --num_val 400 --max_objects 3",
+    backbone="--steps 800",
+    model="--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --enc_layers 2 "
+          "--dec_layers 3 --num_queries 16 --dropout 0 --num_workers 0 --lr 1e-3",
+    detr="--pre_norm",
+    deformable="--num_feature_levels 1",
+    updetr="--patch_size 32 --min_patch 16 --max_patch 72 --pretrain_sizes 96 --pretrain_max_size 96 --batch_size 16",
+    detreg="--max_prop 10 --patch_size 32 --pretrain_sizes 96 --pretrain_max_size 96 --crop_resize 96 --crop_size 1000 1000 "
+           "--batch_size 16",
+    finetune="--train_sizes 96 --crop_resize 96 --crop_size 1000 1000 --val_size 96 --max_size 96 --batch_size 8 "
+             "--lr_backbone 0",
+    num_patches=8, pretrain_epochs=6, detreg_epochs=6, schedules={"short": 10, "long": 20},
+)
+
+PRESETS = {"small": SMALL}
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by its name, or from a JSON file: {"base": "small", attribute: value, …}, where the base's attributes hold
+    unless the file has them.
+
+    Raises:
+        InputError: if there is none, or the file isn't one.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    try:
+        with open(name, encoding="utf-8") as file:
+            found: Dict[str, Any] = json.load(file)
+        base = PRESETS[found.pop("base", "small")]
+        changes = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        return dataclasses.replace(base, **changes)
+    except OSError as error:
+        raise InputError(f"--preset {name} is neither {' nor '.join(PRESETS)} nor a file that can be read "
+                         f"({error.strerror})") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"--preset {name} is not a preset ({error})") from error
