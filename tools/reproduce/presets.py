@@ -46,22 +46,38 @@ class Preset:
         return next(iter(self.schedules))
 
 
+# Two CPU cores, under 90 minutes. Objects are few and large, so that a detector learns something in a minute on one core.
 SMALL = Preset(
-    world="--image_size 96 --num_unlabelled 4000 --num_train 800 --num_val 400 --max_objects 3",
-    backbone="--steps 800",
+    world="--image_size 96 --num_unlabelled 3000 --num_train 800 --num_val 400 --max_objects 2 --min_object 0.3 "
+          "--crowd_share 0",
+    backbone="--steps 2000",
     model="--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --enc_layers 2 "
           "--dec_layers 3 --num_queries 16 --dropout 0 --num_workers 0 --lr 1e-3",
     detr="--pre_norm",
     deformable="--num_feature_levels 1",
-    updetr="--patch_size 32 --min_patch 16 --max_patch 72 --pretrain_sizes 96 --pretrain_max_size 96 --batch_size 16",
+    updetr="--patch_size 32 --min_patch 24 --max_patch 72 --pretrain_sizes 96 --pretrain_max_size 96 --batch_size 16",
     detreg="--max_prop 10 --patch_size 32 --pretrain_sizes 96 --pretrain_max_size 96 --crop_resize 96 --crop_size 1000 1000 "
            "--batch_size 16",
     finetune="--train_sizes 96 --crop_resize 96 --crop_size 1000 1000 --val_size 96 --max_size 96 --batch_size 8 "
              "--lr_backbone 0",
-    num_patches=8, pretrain_epochs=6, detreg_epochs=6, schedules={"short": 10, "long": 20},
+    num_patches=4, pretrain_epochs=3, detreg_epochs=3, schedules={"short": 5, "long": 10}, evaluations=5,
+)
+# A GPU. Everything is larger, and trains longer.
+LARGE = dataclasses.replace(
+    SMALL,
+    world="--image_size 192 --num_unlabelled 20000 --num_train 4000 --num_val 2000",
+    backbone="--steps 4000 --num_images 30000 --batch_size 64",
+    model="--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 128 --nheads 8 --dim_feedforward 512 --enc_layers 3 "
+          "--dec_layers 3 --num_queries 32 --dropout 0 --num_workers 3 --lr 5e-4",
+    updetr="--patch_size 48 --min_patch 24 --max_patch 144 --pretrain_sizes 192 --pretrain_max_size 192 --batch_size 64",
+    detreg="--max_prop 20 --patch_size 48 --pretrain_sizes 192 --pretrain_max_size 192 --crop_resize 192 "
+           "--crop_size 1000 1000 --batch_size 64",
+    finetune="--train_sizes 192 --crop_resize 192 --crop_size 1000 1000 --val_size 192 --max_size 192 --batch_size 32 "
+             "--lr_backbone 0",
+    num_patches=8, pretrain_epochs=30, detreg_epochs=30, schedules={"short": 20, "long": 60}, evaluations=10,
 )
 
-PRESETS = {"small": SMALL}
+PRESETS = {"small": SMALL, "large": LARGE}
 
 
 def load_preset(name: str) -> Preset:
