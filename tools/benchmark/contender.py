@@ -59,10 +59,14 @@ class Checkout(abc.ABC):
     def __init__(self, spec: Dict[str, Any]) -> None:
         parser = importlib.import_module("main").get_args_parser()
         self.args, self.ignored = parser.parse_known_args(spec["flags"])
-        if is_this_repository():
-            prepare(self.args)
+        self.prepare()
         self.device = torch.device(self.args.device)
         torch.manual_seed(spec["seed"])
+
+    def prepare(self) -> None:
+        """What is done with the flags before anything is built."""
+        if is_this_repository():
+            prepare(self.args)
 
     def check(self) -> Dict[str, Any]:
         """What is compared with the others' results: `loss`, a number, and tensors."""

@@ -17,6 +17,7 @@ from datasets.coco import TRAIN_SIZES, paths
 from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, list_images
 from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, resized_size
 from tools.benchmark.contender import Checkout
+from util.recipes import resolve
 
 CROP_RESIZES, CROP_SIZES = (400, 500, 600), (384, 600)  # DETR's, in pixels
 TO_INPUT = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
@@ -32,6 +33,9 @@ class TorchvisionSamples(Checkout):
         super().__init__(spec)
         random.seed(spec["seed"])
         self.dataset = DATA_SETS[self.args.dataset_file](self.args)
+
+    def prepare(self) -> None:
+        resolve(self.args)  # and no more: the system's memory is used as it comes
 
     def run(self, turns: Iterable[Any]) -> None:
         for turn, _ in enumerate(turns):

@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     write_results(folder / RESULTS, results)
     pictures = _draw(figures, preset, plan, annotations, page)
     page.write_text(write_page(results, pictures), encoding="utf-8")
-    remember(_written(page, folder))
+    remember(path for path in _written(page, folder) if path.exists())
     print(f"{folder / RESULTS}\n{page}")
 
 

@@ -43,11 +43,20 @@ def _end_orphan(folder: Path, process: Optional[int]) -> None:
     """End what a killed reproduction has left running in a cell's folder."""
     end = time.monotonic() + PATIENCE_S
     number = signal.SIGTERM
-    while process and str(folder) in subprocess.run(["ps", "-o", "args=", "-p", str(process)], capture_output=True,
-                                                    text=True).stdout:
+    while process and str(folder) in _command_of(process):
         os.kill(process, number)
         number = signal.SIGKILL if time.monotonic() > end else number
         time.sleep(1)
+
+
+def _command_of(process: int) -> str:
+    """Command line of a process, or "" if there is none of that number."""
+    if sys.platform != "linux":
+        return subprocess.run(["ps", "-o", "args=", "-p", str(process)], capture_output=True, text=True).stdout
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def write_record(folder: Path, record: Dict[str, Any]) -> None:
@@ -83,6 +92,7 @@ class Runner:
         self.records = {cell.name: read_record(folder / cell.name) for cell in self.cells}
         self.failed: Dict[str, str] = {}
         self.running: List[Attempt] = []
+        self.heard = 0  # number of the signal that asked for a stop
 
     @property
     def seconds(self) -> Dict[str, float]:
@@ -99,10 +109,12 @@ class Runner:
         kept = len(self.seconds)
         if kept:
             print(f"{kept} of {len(self.cells)} cells were finished before")
-        before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self._start_what_can() or self.running:
                 time.sleep(POLL_S)
+                if self.heard:
+                    raise Stopped(f"stopped by {signal.Signals(self.heard).name}; the same command goes on from here")
                 for attempt in list(self.running):
                     self._look_at(attempt)
         finally:
@@ -113,6 +125,9 @@ class Runner:
             first = next(iter(self.failed))
             raise InputError(f"{len(self.failed)} of {len(self.cells)} cells failed, {len(self.cells) - len(self.seconds)} are "
                              f"not finished; the first to fail was {first}: {self.failed[first]}")
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self.heard = number
 
     def _start_what_can(self) -> bool:
         """Start cells on free places; returns whether one was started."""
@@ -175,7 +190,3 @@ class Runner:
                 attempt.process.wait()
             attempt.note(finished=attempt.process.returncode == 0)
         self.running.clear()
-
-
-def _stop(number: int, frame: Optional[Any]) -> None:
-    raise Stopped(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
