@@ -87,6 +87,7 @@ def test_every_training_ran_to_its_end(broken_off_twice):
     for run, epochs in (("scratch/short", 2), ("updetr/pretrain", 1), ("updetr/short", 2), ("updetr/labels_50", 4)):
         lines = [json.loads(line) for line in (folder / "seed1" / run / "log.txt").read_text().splitlines()]
         assert [line["epoch"] for line in lines] == list(range(epochs))
+        assert [path.name for path in (folder / "seed1" / run).glob("*.pth")] == ["checkpoint.pth"]
 
 
 def test_the_results_are_those_of_the_logs(broken_off_twice):

@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from tools.reproduce.rows import Cell
 from util.errors import InputError, Stopped
+from util.saving import LAST
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD, OUTPUT = "cell.json", "output.txt"
@@ -47,6 +48,13 @@ def _end_orphan(folder: Path, process: Optional[int]) -> None:
         os.kill(process, number)
         number = signal.SIGKILL if time.monotonic() > end else number
         time.sleep(1)
+
+
+def _keep_last_checkpoint(folder: Path) -> None:
+    """Of a finished training; a matrix of them would fill disks otherwise."""
+    for path in folder.glob("checkpoint*.pth"):
+        if path.name != LAST:
+            path.unlink()
 
 
 def _command_of(process: int) -> str:
@@ -157,6 +165,7 @@ class Runner:
         attempt.note(finished=code == 0)
         name = attempt.cell.name
         if code == 0:
+            _keep_last_checkpoint(attempt.folder)
             done = f"[{len(self.seconds)}/{len(self.cells)}]"
             print(f"{done} {name}: {attempt.record['seconds']:.0f} s{self._left()}", flush=True)
             return
