@@ -223,6 +223,18 @@ def test_means_and_ranges():
     assert mean_and_range([0.25], 3) == "0.250" and mean_and_range([]) == "–"
 
 
+def test_the_page_tells_what_else_was_tried():
+    preset = {**SMALL.__dict__, "schedules": {"short": 2}, "labels": [100]}
+    machine = {"device": "a processor", "cpus": 2, "torch": "2.9", "python": "3.11", "date": "2030-01-01"}
+    results = {**made_up(), "command": "c", "preset": preset, "jobs": 2, "threads": 1, "reporting_images": 7,
+               "machine": machine}
+    other = {**results, "preset": {**preset, "num_patches": 16, "pretrain_epochs": 9}, "half": "choose"}
+    page = write_page(results, {}, [other])
+    assert ("| `num_patches 16`, `pretrain_epochs 9` | UP-DETR, M > 1 | 2 | choose | 13.5 (13.0 … 14.0) | 27.0 (26.0 … 28.0) "
+            "| 0.325 (0.150 … 0.500) | 0.250 (0.250 … 0.250) | 30 (30 … 30) |") in page
+    assert "What else was tried" not in write_page(results, {})
+
+
 def test_the_page_has_the_numbers_of_its_results():
     machine = {"device": "a processor", "cpus": 2, "torch": "2.9", "python": "3.11", "date": "2030-01-01"}
     preset = {**SMALL.__dict__, "schedules": {"short": 2}, "labels": [100]}

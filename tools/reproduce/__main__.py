@@ -45,6 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                              "settings may be chosen (report)")
     parser.add_argument("--output_dir", default="outputs/reproduce", help="folder of it all (outputs/reproduce)")
     parser.add_argument("--page", help="Markdown file for the page; pictures go beside it (reproduction.md in --output_dir)")
+    parser.add_argument("--tried", nargs="+", default=[], metavar="DIR",
+                        help="folders of other reproductions that the page tells of too, made to see why a sign does not hold")
     parser.add_argument("--jobs", type=int, help=f"runs side by side (one for each CPU, on a GPU {GPU_JOBS})")
     parser.add_argument("--device", default="", help="of the trainings (cuda if there is one, else cpu)")
     return parser
@@ -57,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
     preset, folder = load_preset(args.preset), Path(args.output_dir).absolute()
     page = Path(args.page or folder / "reproduction.md")
+    tried = [_read_results(other) for other in args.tried]
     _keep_settings(folder, {"preset": dataclasses.asdict(preset), "half": args.half, "device": args.device})
     refuse_others("--page", _written(page, folder))
     rows = [row for row in ROWS if row in args.rows]
@@ -77,9 +80,17 @@ def main(args: argparse.Namespace) -> None:
     results["findings"] = as_data(examine(figures, [*CLAIMS, *QUESTIONS]))
     write_results(folder / RESULTS, results)
     pictures = _draw(figures, preset, plan, annotations, page)
-    page.write_text(write_page(results, pictures), encoding="utf-8")
+    page.write_text(write_page(results, pictures, tried), encoding="utf-8")
     remember(path for path in _written(page, folder) if path.exists())
     print(f"{folder / RESULTS}\n{page}")
+
+
+def _read_results(folder: str) -> Dict[str, Any]:
+    path = Path(folder) / RESULTS
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--tried {folder}: {path} can't be read ({error})") from error
 
 
 def _keep_settings(folder: Path, settings: Dict[str, Any]) -> None:

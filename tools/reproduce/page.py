@@ -12,16 +12,17 @@ PICTURES = {"curves": "AP50 over the epochs of fine-tuning (mean and range over 
             "patches updetr_within_group": "the same after matching within groups"}
 
 
-def write_page(results: Dict[str, Any], pictures: Dict[str, List[str]]) -> str:
+def write_page(results: Dict[str, Any], pictures: Dict[str, List[str]], tried: Sequence[Dict[str, Any]] = ()) -> str:
     """The page as Markdown.
 
     Args:
         results: what results.json holds.
         pictures: files, relative to the page, by name in `PICTURES`.
+        tried: results of other reproductions, made to find out why a sign did not hold.
     """
     figures = Figures(results)
     parts = [_head(results), _claims(figures), _rows(results, figures), _labels(results, figures),
-             _equal_compute(results, figures), _pictures(pictures), _limits(results)]
+             _equal_compute(results, figures), _tried(results, tried), _pictures(pictures), _limits(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -110,6 +111,24 @@ def _equal_compute(results: Dict[str, Any], figures: Figures) -> str:
     head = ["row", "s of both phases", "AP", "AP50", "scratch as long: s", "epochs", "AP", "AP50"]
     return ("## Equal total compute\n\nA detector from scratch, trained for as many epochs as fit in the time of pre-training "
             "and\nfine-tuning together. Selective search's time is not counted; it is in results.json.\n\n" + _table(head, rows))
+
+
+def _tried(results: Dict[str, Any], others: Sequence[Dict[str, Any]]) -> str:
+    """What other settings gave."""
+    rows = []
+    for other in others:
+        schedule, figures = next(iter(other["preset"]["schedules"])), Figures(other)
+        changes = [f"{name} {value}" for name, value in other["preset"].items() if value != results["preset"][name]]
+        changed = f"`{'`, `'.join(changes)}`" if changes else "none"
+        rows += [[changed, ROWS[row].title, str(len(other["seeds"])), other["half"],
+                  *_cells(figures, row, schedule, ("AP", "AP50")), *_cells(figures, row, "pretrain", ("pretext", "control"), 3),
+                  *_cells(figures, row, "pretrain", ("seconds",), 0)] for row in figures.rows()]
+    if not rows:
+        return ""
+    head = ["changed in the preset", "row", "seeds", "half", "AP", "AP50", "patches found, IoU", "control",
+            "s of pre-training"]
+    return ("## What else was tried\n\nTo see why a sign does not hold, other settings, after the short schedule, on the half of "
+            "the validation images\nthat the table names.\n\n" + _table(head, rows))
 
 
 def _pictures(pictures: Dict[str, List[str]]) -> str:
