@@ -110,7 +110,8 @@ def _equal_compute(results: Dict[str, Any], figures: Figures) -> str:
         return ""
     head = ["row", "s of both phases", "AP", "AP50", "scratch as long: s", "epochs", "AP", "AP50"]
     return ("## Equal total compute\n\nA detector from scratch, trained for as many epochs as fit in the time of pre-training "
-            "and\nfine-tuning together. Selective search's time is not counted; it is in results.json.\n\n" + _table(head, rows))
+            "and\nfine-tuning together. Selective search's time is not counted; it is in results.json.\n\n"
+            + _table(head, rows))
 
 
 def _tried(results: Dict[str, Any], others: Sequence[Dict[str, Any]]) -> str:
@@ -127,8 +128,8 @@ def _tried(results: Dict[str, Any], others: Sequence[Dict[str, Any]]) -> str:
         return ""
     head = ["changed in the preset", "row", "seeds", "half", "AP", "AP50", "patches found, IoU", "control",
             "s of pre-training"]
-    return ("## What else was tried\n\nTo see why a sign does not hold, other settings, after the short schedule, on the half of "
-            "the validation images\nthat the table names.\n\n" + _table(head, rows))
+    return ("## What else was tried\n\nTo see why a sign does not hold: other settings, after the short schedule, on the half "
+            "of the validation\nimages that the table names.\n\n" + _table(head, rows))
 
 
 def _pictures(pictures: Dict[str, List[str]]) -> str:
