@@ -7,6 +7,7 @@ finished runs are kept. In the end DIR has results.json, pictures, and a page ab
 import argparse
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from util.parallel import available_cpus
 
 SETTINGS, RESULTS = "settings.json", "results.json"
 GPU_JOBS = 4  # trainings that share a GPU, as small as these are
-SHOWN_IMAGES = 3  # held-out images on which patches are looked for
+SHOWN_IMAGES = 2  # held-out images on which patches are looked for
 SHOWN_ROWS = ("updetr", "updetr_within_group")
 
 
@@ -113,35 +114,37 @@ def _keep_settings(folder: Path, settings: Dict[str, Any]) -> None:
 
 def _written(page: Path, folder: Path) -> List[Path]:
     """Files that the program writes outside of cells."""
-    return [page, folder / RESULTS, _beside(page, "curves"), _beside(page, "pretext"),
-            *(_beside(page, f"patches-{row}-{number}") for row in SHOWN_ROWS for number in range(1, SHOWN_IMAGES + 1))]
+    return [page, folder / RESULTS, _beside(page, "curves.png"), _beside(page, "pretext.png"),
+            *(_beside(page, f"{row}-{number}.jpg") for row in SHOWN_ROWS for number in range(1, SHOWN_IMAGES + 1))]
 
 
 def _beside(page: Path, name: str) -> Path:
-    return page.with_name(f"{page.stem}-{name}.png")
+    return page.with_name(f"{page.stem}-{name}")
 
 
 def _draw(figures: Figures, preset: Preset, plan: Plan, annotations: Dict[str, Any], page: Path) -> Dict[str, List[str]]:
     """Draw what there is to be drawn; returns the pictures' names."""
     drawn: Dict[str, List[str]] = {}
     page.parent.mkdir(parents=True, exist_ok=True)
-    draw_curves(figures, list(preset.schedules), _beside(page, "curves"))
-    drawn["curves"] = [_beside(page, "curves").name]
+    draw_curves(figures, list(preset.schedules), _beside(page, "curves.png"))
+    drawn["curves"] = [_beside(page, "curves.png").name]
     if any(row in figures.rows() for row in LOSSES):
-        draw_pretext_loss(figures, _beside(page, "pretext"))
-        drawn["pretext"] = [_beside(page, "pretext").name]
+        draw_pretext_loss(figures, _beside(page, "pretext.png"))
+        drawn["pretext"] = [_beside(page, "pretext.png").name]
     shown = held_out_patches(annotations, SHOWN_IMAGES)
     for row in (row for row in SHOWN_ROWS if row in figures.rows()):
         for number, (name, boxes) in enumerate(shown.items(), 1):
-            picture = _beside(page, f"patches-{row}-{number}")
+            picture = plan.path("pictures", f"{row}-{number}.jpg")
             command = ["-m", "tools.find_patch", "--checkpoint", plan.path(f"seed1/{row}/pretrain", "checkpoint.pth"),
-                       plan.path(WORLD, f"toy/coco/val2017/{name}"), "--output", str(picture)]
+                       plan.path(WORLD, f"toy/coco/val2017/{name}"), "--output", picture]
             done = subprocess.run([sys.executable, *command, *(word for box in boxes for word in ("--box", box))], cwd=ROOT,
                                   capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
                 raise InputError(f"{picture} could not be drawn: {reason}")
-            drawn.setdefault(f"patches {row}", []).append(picture.name)
+            beside = _beside(page, Path(picture).name)
+            shutil.copyfile(picture, beside)
+            drawn.setdefault(f"patches {row}", []).append(beside.name)
     return drawn
 
 

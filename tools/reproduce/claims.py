@@ -85,26 +85,29 @@ QUESTIONS: List[Claim] = [
 
 
 class Finding(NamedTuple):
-    """What came of a claim: the quantity of each seed, their mean, and whether it is above zero."""
+    """What came of a claim: the quantity of each seed and their mean."""
 
     claim: Claim
     values: List[float]
     mean: float
-    holds: bool
+
+    @property
+    def verdict(self) -> str:
+        """Where the sign holds: "in every seed", "on average" or "no"."""
+        return "in every seed" if min(self.values) > 0 else "on average" if self.mean > 0 else "no"
 
 
 def examine(figures: Figures, claims: List[Claim]) -> List[Finding]:
-    """A finding for each claim on which there are trainings."""
+    """A finding for each claim on which there are trainings; those on none are left out."""
     findings = []
     for claim in claims:
         values = [value for seed in figures.seeds if (value := claim.quantity(figures, seed)) is not None]
         if values:
-            mean = statistics.mean(values)
-            findings.append(Finding(claim, values, mean, mean > 0))
+            findings.append(Finding(claim, values, statistics.mean(values)))
     return findings
 
 
 def as_data(findings: List[Finding]) -> List[Dict[str, Any]]:
     """For results.json."""
     return [{"claim": finding.claim.text, "source": finding.claim.source, "unit": finding.claim.unit,
-             "by_seed": finding.values, "mean": finding.mean, "holds": finding.holds} for finding in findings]
+             "by_seed": finding.values, "mean": finding.mean, "holds": finding.verdict} for finding in findings]

@@ -47,16 +47,17 @@ Python {machine["python"]}, {machine["date"]}."""
 def _claims(figures: Figures) -> str:
     def row(finding: Finding) -> List[str]:
         claim, digits = finding.claim, 1 if finding.claim.unit == "AP" else 3
-        positive = sum(value > 0 for value in finding.values)
+        positive = f"{sum(value > 0 for value in finding.values)} of {len(finding.values)} seeds"
         return [claim.text, claim.source or "–", claim.published or "–", f"{finding.mean:+.{digits}f} {claim.unit}",
                 ", ".join(f"{value:+.{digits}f}" for value in finding.values),
-                f"{'yes' if finding.holds else 'no'} ({positive} of {len(finding.values)} seeds)"]
+                finding.verdict + ("" if finding.verdict == "in every seed" else f" ({positive})")]
 
     head = ["of", "published", "difference here", "of each seed"]
     found, asked = examine(figures, CLAIMS), examine(figures, QUESTIONS)
-    held = sum(finding.holds for finding in found)
-    text = (f"## Claims\n\nOf {len(found)} claims {held} have the papers' sign here; where no schedule is named it is the "
-            "short one.\n\n"
+    verdicts = [finding.verdict for finding in found]
+    text = (f"## Claims\n\nOf {len(found)} claims {verdicts.count('in every seed')} have the papers' sign in every seed, "
+            f"{verdicts.count('on average')} on average alone, {verdicts.count('no')} not at all.\n"
+            "Where no schedule is named it is the short one.\n\n"
             + _table(["claim", *head, "sign holds"], [row(finding) for finding in found]))
     if asked:
         text += ("\n\nWhat no paper claims, after the short schedule unless it says otherwise:\n\n"
@@ -109,8 +110,9 @@ def _equal_compute(results: Dict[str, Any], figures: Figures) -> str:
     if not rows:
         return ""
     head = ["row", "s of both phases", "AP", "AP50", "scratch as long: s", "epochs", "AP", "AP50"]
-    return ("## Equal total compute\n\nA detector from scratch, trained for as many epochs as fit in the time of pre-training "
-            "and\nfine-tuning together. Selective search's time is not counted; it is in results.json.\n\n"
+    return ("## Equal total compute\n\nA detector from scratch that gets the time of pre-training and fine-tuning together, at "
+            f"the seconds that an epoch\nof {schedule} takes, its start included. Selective search's time is not counted; it is in "
+            "results.json.\n\n"
             + _table(head, rows))
 
 
@@ -162,7 +164,7 @@ def _limits(results: Dict[str, Any]) -> str:
 - **Fine-tuning**: `{preset["finetune"]}`.
 - With {len(results["seeds"])} seeds, a difference smaller than the rows' ranges can be chance.
 
-Every run's command and figures are in results.json; the first is
+Every run's command and figures are in results.json; the first is, in the reproduction's folder DIR,
 
 ```
 python {shlex.join(command)}

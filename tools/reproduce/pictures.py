@@ -66,6 +66,7 @@ def _band(axis: Any, places: List[float], values: List[List[float]], label: str)
 def _finish(figure: Any, axes: List[Any], path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=90)
     pyplot().close(figure)

@@ -16,14 +16,16 @@ METRICS = ("AP", "AP50", "AP75")  # in percent; the first three of COCO's twelve
 
 
 def collect(cells: List[Cell], records: Mapping[str, Dict[str, Any]], folder: Path) -> Dict[str, Any]:
-    """Figures of each finished cell, by name: `seconds`, `command`, and, of a training, `curve` (epochs finished, AP, AP50,
-    AP75), `loss` (one for each epoch) and `pretext` (IoU of found patches, of the control)."""
+    """Figures of each finished cell, by name: `seconds`, `command` with DIR for the reproduction's folder, and, of a training,
+    `curve` (epochs finished, AP, AP50, AP75), `loss` (one for each epoch) and `pretext` (IoU of found patches, of the
+    control)."""
     found = {}
     for cell in cells:
         record = records[cell.name]
         if not record["finished"]:
             continue
-        figures: Dict[str, Any] = {"seconds": round(record["seconds"], 1), "command": record["command"]}
+        command = [word.replace(str(folder), "DIR") for word in record["command"]]
+        figures: Dict[str, Any] = {"seconds": round(record["seconds"], 1), "command": command}
         if cell.name.startswith("seed"):
             lines = read_log(folder / cell.name)
             figures["epochs"] = len(lines)
