@@ -111,8 +111,8 @@ def _equal_compute(results: Dict[str, Any], figures: Figures) -> str:
         return ""
     head = ["row", "s of both phases", "AP", "AP50", "scratch as long: s", "epochs", "AP", "AP50"]
     return ("## Equal total compute\n\nA detector from scratch that gets the time of pre-training and fine-tuning together, at "
-            f"the seconds that an epoch\nof {schedule} takes, its start included. Selective search's time is not counted; it is "
-            "in results.json.\n\n"
+            f"the seconds that an epoch\nof {schedule} takes, its start included. Selective search's time is not counted; it "
+            "is in results.json.\n\n"
             + _table(head, rows))
 
 
