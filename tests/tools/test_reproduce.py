@@ -120,6 +120,18 @@ def test_a_finished_reproduction_has_nothing_to_run(broken_off_twice, preset):
     assert "9 of 9 cells were finished before" in output and "] seed1" not in output
 
 
+def test_a_report_is_of_what_is_finished(broken_off_twice, preset, tmp_path):
+    """Beside what is not: two seeds were asked for, one was run."""
+    folder, page = broken_off_twice[0], tmp_path / "page.md"
+    report = start(folder, preset, "--seeds", "2", "--report", "--page", str(page))
+    output, errors = report.communicate(timeout=120)
+    assert report.returncode == 0, errors
+    assert "9 of 15 cells were finished before" in output and not (folder / "seed2").exists()
+    assert page.read_text().count("| UP-DETR, M > 1 |") == 2, "in the table of equal epochs and in that of few labels"
+    nothing = start(tmp_path / "empty", preset, "--report")
+    assert nothing.wait(60) == 2 and "no training is finished" in nothing.stderr.read()
+
+
 def test_results_of_different_settings_are_not_mixed(broken_off_twice, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**TINY, "num_patches": 2}))

@@ -46,6 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                              "settings may be chosen (report)")
     parser.add_argument("--output_dir", default="outputs/reproduce", help="folder of it all (outputs/reproduce)")
     parser.add_argument("--page", help="Markdown file for the page; pictures go beside it (reproduction.md in --output_dir)")
+    parser.add_argument("--report", action="store_true", help="run nothing, write about what is finished")
     parser.add_argument("--tried", nargs="+", default=[], metavar="DIR",
                         help="folders of other reproductions that the page tells of too, made to see why a sign does not hold")
     parser.add_argument("--jobs", type=int, help=f"runs side by side (one for each CPU, on a GPU {GPU_JOBS})")
@@ -70,7 +71,10 @@ def main(args: argparse.Namespace) -> None:
     threads = max(1, available_cpus() // jobs)
     runner = Runner(plan.cells(), folder, jobs, threads)
     print(f"{len(runner.cells)} cells, {jobs} at a time with {threads} threads each, in {folder}")
-    runner.run()
+    if not args.report:
+        runner.run()
+    if not any(name.startswith("seed") for name in runner.seconds):
+        raise InputError(f"--report: no training is finished in {folder}")
     annotations = json.loads(Path(plan.path(WORLD, f"toy/coco/annotations/{args.half}.json")).read_text())
     results: Dict[str, Any] = {
         "command": "python -m tools.reproduce" + (f" --preset {args.preset}" if args.preset in PRESETS else ""),
@@ -132,7 +136,7 @@ def _draw(figures: Figures, preset: Preset, plan: Plan, annotations: Dict[str, A
         draw_pretext_loss(figures, _beside(page, "pretext.png"))
         drawn["pretext"] = [_beside(page, "pretext.png").name]
     shown = held_out_patches(annotations, SHOWN_IMAGES)
-    for row in (row for row in SHOWN_ROWS if row in figures.rows()):
+    for row in (row for row in SHOWN_ROWS if f"seed1/{row}/pretrain" in figures.cells):
         for number, (name, boxes) in enumerate(shown.items(), 1):
             picture = plan.path("pictures", f"{row}-{number}.jpg")
             command = ["-m", "tools.find_patch", "--checkpoint", plan.path(f"seed1/{row}/pretrain", "checkpoint.pth"),

@@ -101,6 +101,8 @@ class Runner:
         self.failed: Dict[str, str] = {}
         self.running: List[Attempt] = []
         self.heard = 0  # number of the signal that asked for a stop
+        if self.seconds:
+            print(f"{len(self.seconds)} of {len(self.cells)} cells were finished before")
 
     @property
     def seconds(self) -> Dict[str, float]:
@@ -114,9 +116,6 @@ class Runner:
             InputError: if cells failed; what doesn't depend on them was run.
             Stopped: at SIGTERM or Ctrl-C, when the running cells have saved what they have.
         """
-        kept = len(self.seconds)
-        if kept:
-            print(f"{kept} of {len(self.cells)} cells were finished before")
         before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self._start_what_can() or self.running:
