@@ -166,11 +166,7 @@ class Demo:
     def validation_images(self) -> Tuple[Dict[int, List[List[float]]], Dict[int, str]]:
         """By id of a validation image: the boxes (x, y, width, height) in it, crowds aside; its file."""
         coco = json.loads(Path(f"{self.toy}/coco/annotations/instances_val2017.json").read_text())
-        boxes: Dict[int, List[List[float]]] = {image["id"]: [] for image in coco["images"]}
-        for annotation in coco["annotations"]:
-            if not annotation["iscrowd"]:
-                boxes[annotation["image_id"]].append(annotation["bbox"])
-        return boxes, {image["id"]: f"{self.toy}/coco/val2017/{image['file_name']}" for image in coco["images"]}
+        return boxes_by_image(coco), {image["id"]: f"{self.toy}/coco/val2017/{image['file_name']}" for image in coco["images"]}
 
     def regions(self, images: Sequence[str]) -> None:
         """Draw regions and measure how well they cover objects: selective search's, and those that DETReg finds before
@@ -208,6 +204,15 @@ class Demo:
                  *([f"regions proposed and found: {self.path('regions.png')}"] if self.args.detreg else [])]
         print("\n".join(rows))
         (self.folder / self.own("summary.json")).write_text(json.dumps(summary, indent=1))
+
+
+def boxes_by_image(coco: Dict[str, Any]) -> Dict[int, List[List[float]]]:
+    """By id of an image in a COCO-format file: the boxes (x, y, width, height) in it, crowds aside."""
+    boxes: Dict[int, List[List[float]]] = {image["id"]: [] for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        if not annotation["iscrowd"]:
+            boxes[annotation["image_id"]].append(annotation["bbox"])
+    return boxes
 
 
 def table(curves: Dict[str, Dict[int, List[float]]]) -> List[str]:

@@ -148,7 +148,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path, preset):
 
 def test_a_cell_that_fails_is_named_and_the_others_are_run(tmp_path):
     def cell(name, code, needs=()):
-        return Cell(name, "kind", 1, lambda _: ["-c", code], needs)
+        return Cell(name, "kind", lambda _: ["-c", code], needs)
 
     cells = [cell("a", "print('no such file'); raise SystemExit(2)"), cell("b", "pass", ("a",)), cell("c", "pass")]
     runner = Runner(cells, tmp_path, jobs=2, threads=1)
@@ -239,7 +239,7 @@ def test_means_and_ranges():
 
 def test_the_page_tells_what_else_was_tried():
     preset = {**SMALL.__dict__, "schedules": {"short": 2}, "labels": [100]}
-    machine = {"device": "a processor", "cpus": 2, "torch": "2.9", "python": "3.11", "date": "2030-01-01"}
+    machine = {"cpu": "a processor", "device": "cpu", "cpus": 2, "torch": "2.9", "python": "3.11", "date": "2030-01-01"}
     results = {**made_up(), "command": "c", "preset": preset, "jobs": 2, "threads": 1, "reporting_images": 7,
                "machine": machine}
     other = {**results, "preset": {**preset, "num_patches": 16, "pretrain_epochs": 9}, "half": "choose"}
@@ -250,7 +250,7 @@ def test_the_page_tells_what_else_was_tried():
 
 
 def test_the_page_has_the_numbers_of_its_results():
-    machine = {"device": "a processor", "cpus": 2, "torch": "2.9", "python": "3.11", "date": "2030-01-01"}
+    machine = {"cpu": "a processor", "device": "cpu", "cpus": 2, "torch": "2.9", "python": "3.11", "date": "2030-01-01"}
     preset = {**SMALL.__dict__, "schedules": {"short": 2}, "labels": [100]}
     page = write_page({**made_up(), "command": "python -m tools.reproduce", "preset": preset, "jobs": 2, "threads": 1,
                        "reporting_images": 7, "machine": machine}, {})

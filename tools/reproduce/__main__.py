@@ -15,12 +15,13 @@ from typing import Any, Dict, List
 
 import torch
 
+from tools.benchmark.machine import describe_machine
 from tools.output import refuse_others, remember
 from tools.reproduce.claims import CLAIMS, QUESTIONS, as_data, examine
 from tools.reproduce.page import write_page
 from tools.reproduce.pictures import LOSSES, draw_curves, draw_pretext_loss, held_out_patches
 from tools.reproduce.presets import PRESETS, Preset, load_preset
-from tools.reproduce.results import Figures, collect, describe_machine, write_results
+from tools.reproduce.results import Figures, collect, write_results
 from tools.reproduce.rows import CHOOSE, REPORT, ROWS, WORLD, Plan
 from tools.reproduce.running import ROOT, Runner
 from util.errors import InputError, run_program
@@ -62,15 +63,16 @@ def main(args: argparse.Namespace) -> None:
     preset, folder = load_preset(args.preset), Path(args.output_dir).absolute()
     page = Path(args.page or folder / "reproduction.md")
     tried = [_read_results(other) for other in args.tried]
-    _keep_settings(folder, {"preset": dataclasses.asdict(preset), "half": args.half, "device": args.device})
+    _keep_settings(folder, {**dataclasses.asdict(preset), "half": args.half, "device": args.device})
     refuse_others("--page", _written(page, folder))
     rows = [row for row in ROWS if row in args.rows]
     plan = Plan(preset, str(folder), rows, range(1, args.seeds + 1), args.half, args.device)
-    on_gpu = args.device.startswith("cuda") or (not args.device and torch.cuda.is_available())
-    jobs = args.jobs or (GPU_JOBS if on_gpu else available_cpus())
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    jobs = args.jobs or (GPU_JOBS if device.type == "cuda" else available_cpus())
     threads = max(1, available_cpus() // jobs)
     runner = Runner(plan.cells(), folder, jobs, threads)
-    print(f"{len(runner.cells)} cells, {jobs} at a time with {threads} threads each, in {folder}")
+    print(f"{jobs} cells at a time with {threads} threads each, in {folder}; "
+          f"{len(runner.seconds)} of {len(runner.cells)} cells were finished before")
     if not args.report:
         runner.run()
     if not any(name.startswith("seed") for name in runner.seconds):
@@ -79,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     results: Dict[str, Any] = {
         "command": "python -m tools.reproduce" + (f" --preset {args.preset}" if args.preset in PRESETS else ""),
         "preset": dataclasses.asdict(preset), "seeds": list(plan.seeds), "half": args.half, "jobs": jobs, "threads": threads,
-        "reporting_images": len(annotations["images"]), "machine": describe_machine(args.device),
+        "reporting_images": len(annotations["images"]), "machine": describe_machine(device),
         "cells": collect(runner.cells, runner.records, folder)}
     figures = Figures(results)
     results["findings"] = as_data(examine(figures, [*CLAIMS, *QUESTIONS]))
@@ -104,11 +106,10 @@ def _keep_settings(folder: Path, settings: Dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
-        if known != settings:
-            changed = [name for part in (settings, settings["preset"]) for name in part
-                       if part[name] != (known if part is settings else known["preset"]).get(name) and name != "preset"]
-            raise InputError(f"--output_dir {folder} has results with another {', '.join(changed) or 'preset'}: choose another "
-                             "folder, or delete it")
+        changed = [name for name, value in settings.items() if known.get(name) != value]
+        if changed:
+            raise InputError(f"--output_dir {folder} has results with another {', '.join(changed)}: choose another folder, or "
+                             "delete it")
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--output_dir {folder} has other files in it than a reproduction's: choose an empty or a new folder")

@@ -31,7 +31,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _head(results: Dict[str, Any]) -> str:
-    machine, minutes = results["machine"], sum(cell["seconds"] for cell in results["cells"].values()) / 60
+    machine = results["machine"]
+    processor = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['cpu']}"
+    minutes = sum(cell["seconds"] for cell in results["cells"].values()) / 60
     return f"""# The papers' comparisons, in small
 
 This page is written by `{results["command"]}` from the results of its own runs, each a training by `main.py`
@@ -40,7 +42,7 @@ AP in percent on {results["reporting_images"]} validation images by which nothin
 Means over {len(results["seeds"])} seeds, in brackets the least and the largest.
 
 {len(results["cells"])} runs took {minutes:.0f} minutes, counted one after the other; {results["jobs"]} ran at a time, with
-{results["threads"]} thread(s) each: {machine["device"]}, {machine["cpus"]} CPUs, torch {machine["torch"]},
+{results["threads"]} thread(s) each: {processor}, {machine["cpus"]} CPUs, torch {machine["torch"].split("+")[0]},
 Python {machine["python"]}, {machine["date"]}."""
 
 

@@ -3,6 +3,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
+from tools.demo import boxes_by_image
 from tools.reproduce.results import Figures
 from tools.reproduce.rows import ROWS
 from util.plot_utils import pyplot
@@ -40,12 +41,9 @@ def draw_pretext_loss(figures: Figures, path: Path) -> None:
 
 def held_out_patches(annotations: Dict[str, Any], count: int) -> Dict[str, List[str]]:
     """By file name of held-out images, the boxes "x,y,w,h" of their objects: the images whose objects are most."""
-    boxes: Dict[int, List[str]] = {image["id"]: [] for image in annotations["images"]}
-    for found in annotations["annotations"]:
-        if not found["iscrowd"]:
-            boxes[found["image_id"]].append(",".join(map(str, found["bbox"])))
+    boxes = boxes_by_image(annotations)
     fullest = sorted(annotations["images"], key=lambda image: (-len(boxes[image["id"]]), image["id"]))[:count]
-    return {image["file_name"]: boxes[image["id"]] for image in fullest}
+    return {image["file_name"]: [",".join(map(str, box)) for box in boxes[image["id"]]] for image in fullest}
 
 
 def _panels(count: int, columns: int) -> Any:

@@ -1,15 +1,10 @@
 """What the runs of a reproduction found: read from their logs, gathered over seeds."""
-import datetime
 import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-import torch
-
 from tools.reproduce.rows import ROWS, Cell
-from util.parallel import available_cpus
 from util.plot_utils import read_log
 
 METRICS = ("AP", "AP50", "AP75")  # in percent; the first three of COCO's twelve numbers
@@ -36,22 +31,6 @@ def collect(cells: List[Cell], records: Mapping[str, Dict[str, Any]], folder: Pa
                 figures["pretext"] = [lines[-1]["test_patch_iou"], lines[-1]["test_control_iou"]]
         found[cell.name] = figures
     return found
-
-
-def describe_machine(device: str) -> Dict[str, Any]:
-    """What the seconds depend on."""
-    on_gpu = (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-    processor = torch.cuda.get_device_name() if on_gpu else _processor()
-    return {"device": processor, "cpus": available_cpus(), "torch": torch.__version__.split("+")[0],
-            "python": platform.python_version(), "date": datetime.date.today().isoformat()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not on Linux
-        return platform.processor() or platform.machine()
 
 
 class Figures:

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
+from tools.demo import drop_epoch
 from tools.reproduce.presets import Preset
 
 WORLD, HALVES, BACKBONE, PROPOSALS = "shared/world", "shared/halves", "shared/backbone", "shared/proposals"
@@ -59,13 +60,12 @@ class Cell:
 
     Attributes:
         name: "SEED/ROW/RUN"; its folder under the reproduction's.
-        kind: cells of one kind take as long per unit of `work`.
+        kind: cells of one kind take as long.
         command: words after the interpreter's, given the seconds that finished cells took.
     """
 
     name: str
     kind: str
-    work: float
     command: Callable[[Mapping[str, float]], List[str]]
     needs: Tuple[str, ...] = ()
 
@@ -89,17 +89,17 @@ class Plan:
     def cells(self) -> List[Cell]:
         """All of them; what a cell needs comes before it."""
         chosen = [ROWS[name] for name in self.rows]
-        found = [Cell(WORLD, "world", 1, lambda _: ["-m", "datasets.toy", "--output_dir", self.path(WORLD, "toy"),
-                                                    *shlex.split(self.preset.world)]),
-                 Cell(BACKBONE, "backbone", 1, lambda _: [
+        annotations = self.path(WORLD, "toy/coco/annotations")
+        found = [Cell(WORLD, "world", lambda _: ["-m", "datasets.toy", "--output_dir", self.path(WORLD, "toy"),
+                                                 *shlex.split(self.preset.world)]),
+                 Cell(HALVES, "halves", lambda _: [
+                     "-m", "tools.reproduce.halves", f"{annotations}/instances_val2017.json",
+                     *(f"{annotations}/{half}.json" for half in (REPORT, CHOOSE))], (WORLD,)),
+                 Cell(BACKBONE, "backbone", lambda _: [
                      "-m", "tools.pretrain_toy_backbone", "--output", self.path(BACKBONE, "backbone.pth"),
                      *shlex.split(self.preset.backbone), *self._on_device()])]
-        annotations = self.path(WORLD, "toy/coco/annotations")
-        found.insert(1, Cell(HALVES, "halves", 1, lambda _: [
-            "-m", "tools.reproduce.halves", f"{annotations}/instances_val2017.json",
-            *(f"{annotations}/{half}.json" for half in (REPORT, CHOOSE))], (WORLD,)))
         if any(row.pretext == "detreg" for row in chosen):
-            found.append(Cell(PROPOSALS, "proposals", 1, lambda _: [
+            found.append(Cell(PROPOSALS, "proposals", lambda _: [
                 "-m", "tools.cache_proposals", "--imagenet_path", self.unlabelled(), "--cache_path",
                 self.path(PROPOSALS, "cache")], (WORLD,)))
         for seed in self.seeds:
@@ -167,7 +167,7 @@ class Plan:
                       self.path(PROPOSALS, "cache")]
             needs += (PROPOSALS,)
         command = self._main(seed, cell, row, *flags, *schedule_flags(epochs))
-        return Cell(cell, f"pretrain {name}", epochs, lambda _: command, needs)
+        return Cell(cell, f"pretrain {name}", lambda _: command, needs)
 
     def _finetune(self, seed: int, name: str, schedule: str, epochs: Callable[[Mapping[str, float]], int],
                   percent: int = 100, as_long_as: str = "", needs: Tuple[str, ...] = ()) -> Cell:
@@ -188,9 +188,9 @@ class Plan:
                               f"annotations/{self.half}.json", "--eval_every", str(every), "--save_every", str(every),
                               *schedule_flags(count))
 
-        return Cell(cell, f"fine-tune {row.model} {schedule}" + as_long_as, 1, command, needs)
+        return Cell(cell, f"fine-tune {row.model} {schedule}" + as_long_as, command, needs)
 
 
 def schedule_flags(epochs: int) -> List[str]:
-    """The learning rate falls at 80 % of a training."""
-    return ["--epochs", str(epochs), "--lr_drop", str(max(1, round(0.8 * epochs)))]
+    """As the demo's."""
+    return ["--epochs", str(epochs), "--lr_drop", str(drop_epoch(epochs))]

@@ -101,8 +101,6 @@ class Runner:
         self.failed: Dict[str, str] = {}
         self.running: List[Attempt] = []
         self.heard = 0  # number of the signal that asked for a stop
-        if self.seconds:
-            print(f"{len(self.seconds)} of {len(self.cells)} cells were finished before")
 
     @property
     def seconds(self) -> Dict[str, float]:
@@ -174,15 +172,16 @@ class Runner:
 
     def _left(self) -> str:
         """An estimate from the seconds that cells of each kind have taken; cells of no known kind take the average."""
-        per_work = defaultdict(list)
+        done = self.seconds
+        of_kind = defaultdict(list)
         for cell in self.cells:
-            if cell.name in self.seconds:
-                per_work[cell.kind].append(self.seconds[cell.name] / cell.work)
-        average = statistics.mean(self.seconds.values())
+            if cell.name in done:
+                of_kind[cell.kind].append(done[cell.name])
+        average = statistics.mean(done.values())
         left = 0.0
         for cell in self.cells:
-            if cell.name not in self.seconds:
-                expected = statistics.median(per_work[cell.kind]) * cell.work if cell.kind in per_work else average
+            if cell.name not in done:
+                expected = statistics.median(of_kind[cell.kind]) if cell.kind in of_kind else average
                 left += max(0.0, expected - self.records[cell.name]["seconds"])
         return f"; about {left / self.jobs / 60:.0f} min left" if left else ""
 
