@@ -7,7 +7,6 @@ from typing import Any, Dict
 
 import torch
 import torchvision
-from torch.utils.benchmark import Timer
 
 from util.parallel import available_cpus
 
@@ -35,6 +34,7 @@ def matrix_product_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations per second that torch reaches in products of large square matrices of this type, with
     the threads that it is set to: the best of some sizes, as a product and as a 1x1 convolution, which torch may hand to
     another library."""
+    from torch.utils.benchmark import Timer  # slow to import, and says where it finds no GPU
     best = 0.0
     for side in MATRIX_SIDES[device.type]:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
