@@ -3,13 +3,13 @@
 The numbers are the same up to rounding. Normalisation by constants is a scale and a shift of each channel. The scale goes
 into the convolution's weights and the shift becomes its bias; on a CPU oneDNN then adds the residual and applies the ReLU
 while the result is still in the processor's registers. What is left out is memory traffic: on a CPU the separate steps
-cost up to three times as much as a 1×1 convolution itself.
+cost up to three times as much as a 1×1 convolution itself. Where it is faster, `winograd` takes 3×3 convolutions.
 
 Weights that don't train are folded once. (To lay them out once as oneDNN likes best doesn't pay: its layout depends on the
 image's size, and one made for another size is many times slower.) `enable(False)` turns all of it off; modules that are
 compiled, scripted, traced or watched by hooks are never run this way.
 """
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from models import winograd
+
 # What a network is made of that may be run by `resnet_maps`. Only its own code knows what to do with anything else.
 _KNOWN = (BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Identity)
 _enabled = True
-_folded: "WeakKeyDictionary[nn.Module, Tuple[Any, Tensor, Tensor]]" = WeakKeyDictionary()
+# By convolution and whether it is Winograd's: what the folded weights are made of, these weights, and the bias.
+_folded: "WeakKeyDictionary[nn.Module, Dict[bool, Tuple[Any, Tensor, Tensor]]]" = WeakKeyDictionary()
 
 
 def enable(on: bool) -> None:
@@ -113,8 +116,9 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool = True, res
                                     or residual is not None and residual.requires_grad):
         scale, shift = _scale_and_shift(norm)
         return _TrainedConvolution.apply(x, conv.weight, scale, shift, residual, relu, geometry)
-    weight, bias = _constant_weights(conv, norm, x)
-    return _apply(x, weight, bias, residual, relu, geometry)
+    if winograd.suits(x, conv.weight, geometry):
+        return winograd.convolve(x, *_constant_weights(conv, norm, x, at_points=True), residual, relu)
+    return _apply(x, *_constant_weights(conv, norm, x), residual, relu, geometry)
 
 
 class _TrainedConvolution(torch.autograd.Function):
@@ -123,8 +127,12 @@ class _TrainedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], relu: bool,
                 geometry: Tuple[List[int], List[int], List[int], int]) -> Tensor:
-        folded = _fold(weight, scale, x)
-        out = _apply(x, folded, shift.to(x.dtype), residual, relu, geometry)
+        folded, shift = _fold(weight, scale, x), shift.to(x.dtype)
+        ctx.winograd = winograd.suits(x, weight, geometry, trained=True)
+        if ctx.winograd:
+            out = winograd.convolve(x, winograd.at_points(folded), shift, residual, relu)
+        else:
+            out = _apply(x, folded, shift, residual, relu, geometry)
         ctx.save_for_backward(x, folded, scale, out if relu else None)
         ctx.geometry, ctx.weight_dtype = geometry, weight.dtype
         return out
@@ -135,16 +143,28 @@ class _TrainedConvolution(torch.autograd.Function):
         x, folded, scale, out = ctx.saved_tensors
         if out is not None:
             grad = torch.ops.aten.threshold_backward(grad, out, 0)  # no gradient where the ReLU gave 0
-        stride, padding, dilation, groups = ctx.geometry
-        rows = x.device.type == "cpu" and folded.shape[2:] == (1, 1) and stride == [1, 1] and padding == [0, 0]
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            _rows(grad) if rows else grad, _rows(x) if rows else x, folded, None, stride, padding, dilation, False, [0, 0],
-            groups, [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False])
-        if rows and grad_x is not None:
-            grad_x = grad_x.permute(0, 2, 3, 1).reshape(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        wanted = ctx.needs_input_grad[:2]
+        if ctx.winograd:
+            grad_x = winograd.input_gradient(grad, folded) if wanted[0] else None
+            grad_weight = winograd.weight_gradient(grad, x) if wanted[1] else None
+        else:
+            grad_x, grad_weight = _direct_gradients(grad, x, folded, ctx.geometry, wanted)
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.weight_dtype) * scale[:, None, None, None]
         return grad_x, grad_weight, None, None, grad if ctx.needs_input_grad[4] else None, None, None
+
+
+def _direct_gradients(grad: Tensor, x: Tensor, weight: Tensor, geometry: Tuple[List[int], List[int], List[int], int],
+                      wanted: Sequence[bool]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """A convolution's gradients to its input and to its weight, those that are wanted."""
+    stride, padding, dilation, groups = geometry
+    rows = x.device.type == "cpu" and weight.shape[2:] == (1, 1) and stride == [1, 1] and padding == [0, 0]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        _rows(grad) if rows else grad, _rows(x) if rows else x, weight, None, stride, padding, dilation, False, [0, 0],
+        groups, [*wanted, False])
+    if rows and grad_x is not None:
+        grad_x = grad_x.permute(0, 2, 3, 1).reshape(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    return grad_x, grad_weight
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -187,20 +207,26 @@ def _fold(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     return (weight * scale[:, None, None, None]).to(x.dtype, memory_format=memory_format(x))
 
 
-def _constant_weights(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Folded weight and bias for x; kept from call to call as long as nothing they are made of changes."""
+def _constant_weights(conv: nn.Conv2d, norm: nn.Module, x: Tensor, at_points: bool = False) -> Tuple[Tensor, Tensor]:
+    """Folded weight and bias for x; kept from call to call as long as nothing they are made of changes.
+
+    Args:
+        at_points: the weight as `winograd.convolve` takes it.
+    """
     sources = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     key = None
     if not any(source.is_inference() for source in sources):  # whose changes can't be told
         key = (x.dtype, memory_format(x), *((source.data_ptr(), source._version) for source in sources))
-        kept = _folded.get(conv)
+        kept = _folded.get(conv, {}).get(at_points)
         if kept is not None and kept[0] == key:
             return kept[1:]
     with torch.no_grad():
         scale, shift = _scale_and_shift(norm)
         weight, bias = _fold(conv.weight, scale, x), shift.to(x.dtype)
+        if at_points:
+            weight = winograd.at_points(weight).contiguous()
     if key is not None:
-        _folded[conv] = (key, weight, bias)
+        _folded.setdefault(conv, {})[at_points] = (key, weight, bias)
     return weight, bias
 
 

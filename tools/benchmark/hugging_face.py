@@ -1,6 +1,6 @@
 """transformers' DETR and Deformable DETR as contenders, with random weights: nothing is downloaded."""
 import re
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class HuggingFace:
         self.deformable = options["model"] == "deformable_detr"
         self.ignored: List[str] = []
         batch = read_data(spec["data"])
-        self.images = torch.stack(batch["images"])
+        self.images, self.patches = torch.stack(batch["images"]), batch["patches"]
         self.labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in batch["targets"]]
 
     def _on_device(self) -> Any:
@@ -50,7 +50,27 @@ class HuggingFace:
 
 
 class HuggingFaceTraining(HuggingFace):
-    """A training step like ours, without the logging."""
+    """A training step like ours, without the logging.
+
+    transformers has no UP-DETR. For its pre-training, DETR's decoder starts from queries made of the patches' pooled features:
+    the same work on images, patches and boxes, without the reconstruction of features.
+    """
+
+    def __init__(self, spec: Dict[str, Any]) -> None:
+        super().__init__(spec)
+        if self.patches is not None:
+            options = spec["options"]
+            self.queries_per_patch = options["num_queries"] // self.patches.shape[1]
+            self.model.patch2query = nn.Linear(self.model.config.backbone_config.hidden_sizes[-1], options["hidden_dim"])
+            self.model.to(self.device)
+
+    def _queries(self) -> Optional[Tensor]:
+        """UP-DETR's patches as queries [B, N, d]; None for detectors, whose queries are learned ones alone."""
+        if self.patches is None:
+            return None
+        patches = self.patches.to(self.device)
+        features = self.model.model.backbone.model(patches.flatten(0, 1)).feature_maps[-1].mean((2, 3))
+        return self.model.patch2query(features.unflatten(0, patches.shape[:2])).repeat_interleave(self.queries_per_patch, 1)
 
     def run(self, turns: Iterable[Any]) -> None:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -60,7 +80,9 @@ class HuggingFaceTraining(HuggingFace):
         for _ in turns:
             images, mask, labels = self._on_device()
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-                loss = self.model(pixel_values=images, pixel_mask=mask, labels=labels).loss
+                queries = self._queries()
+                loss = self.model(pixel_values=images, pixel_mask=mask, labels=labels,
+                                  **({} if queries is None else {"decoder_inputs_embeds": queries})).loss
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)

@@ -25,7 +25,7 @@ class Workload:
 
     @property
     def at_hugging_face(self) -> bool:
-        return self.dataset_file == "coco"
+        return self.dataset_file == "coco" or self.dataset_file == "imagenet" and self.training
 
     @property
     def dataset_file(self) -> str:
