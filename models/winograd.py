@@ -24,7 +24,7 @@ FEWEST_CHANNELS = 128  # below, going to the points and back costs what the mult
 FEWEST_TILES = 4  # in an image; below, reading 36 numbers for 9 weights does
 FEWEST_TRAINED_TILES = 50  # in a batch
 MOST_WASTE = 1.6  # computed results per wanted one: tiles stick out of maps whose sides are no multiples of four
-PIECE = 1_000_000  # numbers that are transformed at once, per thread: they stay in the processor's cache
+AT_ONCE = 96  # tiles, for each thread: what they become should stay in the cache, and weights be read seldom
 
 
 def _matrices() -> Tuple[Tensor, Tensor, Tensor]:
@@ -140,11 +140,10 @@ def _pieces(x: Tensor, channels: int, scratches: int = 2) -> Iterator[Tuple[slic
     With them come scratches, always the same memory, for so many channels at each point of these tiles.
     """
     batch, _, height, width = x.shape
-    rows = -(-height // TILE)
-    row_numbers = WINDOW ** 2 * -(-width // TILE) * channels
-    room = max(1, PIECE * torch.get_num_threads() // row_numbers)
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    room = max(1, AT_ONCE * torch.get_num_threads() // columns)  # rows of tiles
     step, images = min(room, rows), min(max(1, room // rows), batch)
-    memory = [x.new_empty(images * step * row_numbers) for _ in range(scratches)]
+    memory = [x.new_empty(WINDOW ** 2 * images * step * columns * channels) for _ in range(scratches)]
     for first in range(0, batch, images):
         for row in range(0, rows, step):
             yield slice(first, first + images), slice(row, row + step), memory

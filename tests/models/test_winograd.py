@@ -24,9 +24,9 @@ def assert_close(actual, expected, tolerance=5e-6):
 @pytest.mark.parametrize("shape", [(1, 16, 24, 8, 8), (3, 8, 8, 13, 17), (2, 24, 16, 5, 30), (1, 4, 4, 1, 1), (2, 3, 5, 4, 3)])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("with_residual", [True, False])
-@pytest.mark.parametrize("piece", [1, 20_000, winograd.PIECE])
-def test_a_convolution(shape, relu, with_residual, piece, monkeypatch):
-    monkeypatch.setattr(winograd, "PIECE", piece)
+@pytest.mark.parametrize("at_once", [1, 6, winograd.AT_ONCE])
+def test_a_convolution(shape, relu, with_residual, at_once, monkeypatch):
+    monkeypatch.setattr(winograd, "AT_ONCE", at_once)
     x, weight, bias = made_up(*shape)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     residual = torch.randn(expected.shape) if with_residual else None
@@ -40,9 +40,9 @@ def test_a_convolution(shape, relu, with_residual, piece, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 24, 8, 8), (3, 8, 8, 13, 17), (1, 4, 4, 1, 1)])
-@pytest.mark.parametrize("piece", [1, winograd.PIECE])
-def test_gradients(shape, piece, monkeypatch):
-    monkeypatch.setattr(winograd, "PIECE", piece)
+@pytest.mark.parametrize("at_once", [1, winograd.AT_ONCE])
+def test_gradients(shape, at_once, monkeypatch):
+    monkeypatch.setattr(winograd, "AT_ONCE", at_once)
     x, weight, _ = made_up(*shape)
     reference_x, reference_weight = x.double().requires_grad_(), weight.double().requires_grad_()
     out = F.conv2d(reference_x, reference_weight, padding=1)
