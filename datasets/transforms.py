@@ -141,11 +141,13 @@ def normalize_image(image: Tensor) -> Tensor:
         float32 of the same shape; channels last if the image is, else contiguous.
     """
     if image.stride(-3) != 1:
-        return image.contiguous().float().mul_(_SCALE).add_(_OFFSET)
+        image = image.contiguous().float()
+        return torch.addcmul(_OFFSET, image, _SCALE, out=image)
     # Over whole rows of pixels: three channels by themselves are too few for the processor's vectors.
     width = image.shape[-1]
     scale, offset = _SCALE.flatten().repeat(width), _OFFSET.flatten().repeat(width)
-    rows = image.movedim(-3, -1).flatten(-2).float().mul_(scale).add_(offset)
+    rows = image.movedim(-3, -1).flatten(-2).float()
+    torch.addcmul(offset, rows, scale, out=rows)
     return rows.unflatten(-1, (width, 3)).movedim(-1, -3)
 
 
