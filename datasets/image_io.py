@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS as IMAGE_EXTENSIONS
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 __all__ = ["IMAGE_EXTENSIONS", "MAX_PIXELS", "UnreadableImage", "pil_to_rgb_tensor", "read_image", "read_size",
            "read_sizes"]
@@ -52,10 +51,7 @@ def read_image(path: str | os.PathLike, short_side: int | None = None) -> tuple[
                 raise UnreadableImage(f"image file {path} has {width}x{height} pixels, more than {MAX_PIXELS}")
             if short_side is not None:
                 picture.draft(None, (_REDUCING_GAP * short_side, _REDUCING_GAP * short_side))
-            pixels = None
-            if (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (width, height)):
-                pixels = _decode_jpeg(path)
-            return pil_to_rgb_tensor(picture) if pixels is None else pixels, (height, width)
+            return pil_to_rgb_tensor(picture), (height, width)
     except UnreadableImage:
         raise
     except FileNotFoundError as error:
@@ -63,18 +59,6 @@ def read_image(path: str | os.PathLike, short_side: int | None = None) -> tuple[
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes, even IndexError
         reason = str(error).replace("\n", " ") or type(error).__name__
         raise UnreadableImage(f"image file {path} cannot be decoded ({reason})") from error
-
-
-def _decode_jpeg(path: str | os.PathLike) -> Tensor | None:
-    """Decodes an RGB JPEG to the same pixels as Pillow does, in less time: they needn't be copied out of a picture.
-
-    Returns:
-        uint8 [3, H, W], stored channels last; None if something is wrong: Pillow then says what, or reads it all the same.
-    """
-    try:
-        return decode_jpeg(read_file(os.fspath(path)), ImageReadMode.RGB)
-    except RuntimeError:
-        return None
 
 
 def read_size(path: str | os.PathLike) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 TILE = 4  # results along a side
 WINDOW = TILE + 2  # inputs along a side, and points
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)  # and infinity
-AT_ONE = WINDOW + POINTS.index(1.0)  # the point (1, 1) among the 36: a constant there is one in every result
+AT_ONE = POINTS.index(1.0) * (WINDOW + 1)  # the point (1, 1) among the 36: a constant there is one in every result
 FEWEST_CHANNELS = 128  # below, going to the points and back costs what the multiplications save
 FEWEST_TILES = 4  # in an image; below, reading 36 numbers for 9 weights does
 FEWEST_TRAINED_TILES = 50  # in a batch
@@ -108,7 +108,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     total = grad.new_zeros(WINDOW ** 2, outputs, inputs)
     for images, rows, (gathered, first, second) in _pieces(x, max(outputs, inputs), scratches=3):
         grads = _transformed(_RESULTS.t(), tiles[:, :, images, rows], gathered, first)
-        total.baddbmm_(grads.transpose(1, 2), _transformed(_INPUTS, windows[:, :, images, rows], gathered, second))
+        values = _transformed(_INPUTS, windows[:, :, images, rows], gathered, second)
+        torch.baddbmm(total, grads.transpose(1, 2), values, out=total)
     return torch.mm(_WEIGHTS.t(), total.flatten(1)).view(3, 3, outputs, inputs).permute(2, 3, 0, 1)
 
 

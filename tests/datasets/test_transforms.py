@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 
 from datasets import transforms as T
 from datasets.coco import make_coco_transforms
@@ -241,29 +241,6 @@ def test_exif_orientation_is_ignored(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
     image, size = read_image(tmp_path / "turned.jpg")
     assert image.shape == (3, 30, 40) and size == (30, 40)
-
-
-@pytest.mark.parametrize("mode, options", [
-    ("RGB", {}), ("RGB", {"quality": 98, "subsampling": 0}), ("RGB", {"quality": 30, "subsampling": 1}),
-    ("RGB", {"progressive": True}), ("L", {}), ("CMYK", {})])
-def test_jpegs_get_the_pixels_that_pillow_decodes(tmp_path, mode, options):
-    path = tmp_path / "noise.jpg"
-    noise = np.random.default_rng(0).integers(0, 256, (53, 71, 3), dtype=np.uint8)
-    Image.fromarray(noise).convert(mode).save(path, **options)
-    image, size = read_image(path)
-    with Image.open(path) as picture:
-        assert torch.equal(image, pil_to_rgb_tensor(picture))
-    assert size == (53, 71) and image.stride(0) == 1
-
-
-def test_what_pillow_reads_of_a_jpeg_without_its_end_is_decided_by_pillow(tmp_path, monkeypatch):
-    path = tmp_path / "cut.jpg"
-    Image.effect_noise((64, 64), 60).convert("RGB").save(path)
-    path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(UnreadableImage, match="cut.jpg cannot be decoded .*truncated"):
-        read_image(path)
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    assert read_image(path)[0].shape == (3, 64, 64)
 
 
 def test_large_jpegs_are_decoded_at_a_fraction_that_is_large_enough(tmp_path):

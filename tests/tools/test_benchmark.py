@@ -17,10 +17,12 @@ from tools.benchmark.counting import Flops, HostReads, Stopwatch
 from tools.benchmark.data_start import write_annotations
 from tools.benchmark.hugging_face import HuggingFaceLosses
 from tools.benchmark.machine import matrix_product_peak
+from tools.benchmark.padding import shown_sizes
 from tools.benchmark.photographs import write_photographs
 from tools.benchmark.rounds import LEAST_REPEATS, OURS, Rounds, spread
 from tools.benchmark.scoring import losses_spec
 from tools.benchmark.torchvision_samples import TorchvisionSamples
+from tools.benchmark.workloads import parse_main_flags
 from util.errors import run_program
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +141,30 @@ def test_parts_on_labelled_images(tmp_path: Path) -> None:
     assert parts["losses_16"]["host_reads"] == {"cpu": 1}
     assert 0 <= parts["coco_loader"]["data_wait_share"] < 1 and parts["coco_loader"]["workers"] == 1
     assert all(TIMES <= set(parts[name]["ours"]) for name in chosen[:-1])
+
+
+def test_pre_training_against_hugging_faces_parts(tmp_path: Path) -> None:
+    part = measured(tmp_path, "--parts", "updetr_pretrain", "updetr_inference", "--against", "hf",
+                    [*MODEL, "--patch_size", "16"])["parts"]
+    assert part["updetr_pretrain"]["against"]["hf"]["ratio"] > 0
+    assert part["updetr_inference"]["against"]["hf"] == {"note": "hf has no such thing"}
+
+
+def test_padding_of_made_up_images_and_of_a_data_set(tmp_path: Path) -> None:
+    padding = measured(tmp_path, "--parts", "padding", MODEL)["parts"]["padding"]["padding"]
+    assert list(padding) == ["2", "4", "8", "16"]
+    assert all(0 < shares["share_grouped"] < shares["share"] < 1 for shares in padding.values())
+    assert padding["2"]["share"] < padding["4"]["share"] < padding["16"]["share"]
+    write_photographs(tmp_path, 17, (96, 128))
+    part = measured(tmp_path, "--parts", "padding", [*MODEL, "--coco_path", tmp_path / "coco"])["parts"]["padding"]
+    assert part["title"] == "padding of batches of 17 images"
+
+
+def test_padding_counts_sizes_after_augmentation() -> None:
+    options = parse_main_flags("--dataset_file coco --train_sizes 50 --crop_resize 50 --crop_size 80 80".split())
+    shown = shown_sizes(torch.tensor([[100, 200]] * 8 + [[200, 100]] * 8), options)
+    assert {tuple(size) for size in shown[:8].tolist()} == {(50, 100), (50, 80)}  # resized, or cropped in between
+    assert {tuple(size) for size in shown[8:].tolist()} == {(100, 50), (80, 50)}
 
 
 def test_samples_against_torchvision(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tools.benchmark import report
 from tools.benchmark.data import LOADERS, SAMPLES, measure_loader, measure_samples
 from tools.benchmark.growth import AXES, measure_growth
 from tools.benchmark.machine import describe_machine, matrix_product_peak
+from tools.benchmark.padding import measure_padding
 from tools.benchmark.peers import OTHERS
 from tools.benchmark.scaling import measure_scaling
 from tools.benchmark.scoring import LOSSES, measure_evaluation, measure_losses
@@ -24,10 +25,10 @@ from util.errors import InputError, run_program
 GROUPS = {"training": [name for name, workload in WORKLOADS.items() if workload.training],
           "inference": [name for name, workload in WORKLOADS.items() if not workload.training],
           "samples": list(SAMPLES), "losses": list(LOSSES), "evaluation": ["evaluation"], "loaders": list(LOADERS),
-          "scaling": ["scaling"]}
+          "padding": ["padding"], "scaling": ["scaling"]}
 # Of those that aren't models: what measures them.
 MEASURES = {"samples": measure_samples, "losses": measure_losses, "evaluation": measure_evaluation,
-            "loaders": measure_loader, "scaling": measure_scaling}
+            "loaders": measure_loader, "padding": measure_padding, "scaling": measure_scaling}
 LEAST_SIDE = 96  # pixels; Deformable DETR's coarsest map can't be normalised below
 PARTS = [name for names in GROUPS.values() for name in names]
 

@@ -15,6 +15,9 @@ def lines_of(name: str, part: Dict[str, Any]) -> List[str]:
         return [title] + [f"  {number} x {figures['threads']} threads: {figures['median_ms']:.1f} ms, "
                           f"{figures['images_per_s']:.2f} images/s, efficiency {figures['efficiency']:.2f}"
                           for number, figures in part["processes"].items()]
+    if "padding" in part:
+        return [title] + [f"  {number} images: {100 * shares['share']:.1f} %, with --group_by_aspect "
+                          f"{100 * shares['share_grouped']:.1f} %" for number, shares in part["padding"].items()]
     if "data_wait_share" in part:
         return [title, f"  {part['step_ms']:.1f} ms a step, {part['images_per_s']:.2f} images/s, "
                 f"{100 * part['data_wait_share']:.1f} % of it waiting for {part['workers']} loading processes"]
