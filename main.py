@@ -70,7 +70,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--amp", choices=sorted(AMP_TYPES), help="mixed precision; matching and losses stay in float32")
     group.add_argument("--tf32", action="store_true", help="on a GPU, compute float32 products in TF32")
     group.add_argument("--compile", action="store_true", help="compile the transformer, and on a GPU the backbone")
-    group.add_argument("--no_fuse", action="store_true", help="run convolution, frozen batch norm and ReLU one by one, 3x3 ones directly")
+    group.add_argument("--no_fuse", action="store_true",
+                       help="run convolution, frozen batch norm and ReLU one by one, 3x3 convolutions directly")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(recipes.MODELS), help="detr (DETReg pre-training: deformable_detr)")
