@@ -99,7 +99,7 @@ def test_the_results_are_those_of_the_logs(broken_off_twice):
     both = [results["cells"][f"seed1/updetr/{run}"]["seconds"] for run in ("pretrain", "short")]
     alone = results["cells"]["seed1/scratch/short"]["seconds"]
     as_long = results["cells"]["seed1/scratch/short_as_long_as_updetr"]
-    assert as_long["epochs"] == max(1, round(2 * sum(both) / alone))
+    assert as_long["epochs"] == pytest.approx(max(1, 2 * sum(both) / alone), abs=0.6)  # seconds are shown rounded
 
 
 def test_the_page_shows_each_row_and_its_pictures(broken_off_twice):
