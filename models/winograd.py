@@ -6,7 +6,8 @@ What remains are products of matrices, one for each of the 36 points; going to t
 constant matrix.
 
 Rounding errors of float32 are two to three times those of a direct convolution, about 1e-6 of the result's spread. Points
-0, ±1, 1/2, -2 lose less than the usual 0, ±1, ±2: they keep powers small and their inverses too (Barabasz et al., arXiv:1803.10986).
+0, ±1, 1/2, -2 lose less than the usual 0, ±1, ±2: they keep powers small and their inverses too (Barabasz et al.,
+arXiv:1803.10986).
 """
 import math
 from typing import Iterator, List, Optional, Tuple
