@@ -127,7 +127,7 @@ class _TrainedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], relu: bool,
-                geometry: Tuple[List[int], List[int], List[int], int]) -> Tensor:
+                geometry: winograd.Geometry) -> Tensor:
         folded, shift = _fold(weight, scale, x), shift.to(x.dtype)
         ctx.winograd = winograd.suits(x, weight, geometry, trained=True)
         if ctx.winograd:
@@ -155,7 +155,7 @@ class _TrainedConvolution(torch.autograd.Function):
         return grad_x, grad_weight, None, None, grad if ctx.needs_input_grad[4] else None, None, None
 
 
-def _direct_gradients(grad: Tensor, x: Tensor, weight: Tensor, geometry: Tuple[List[int], List[int], List[int], int],
+def _direct_gradients(grad: Tensor, x: Tensor, weight: Tensor, geometry: winograd.Geometry,
                       wanted: Sequence[bool]) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """A convolution's gradients to its input and to its weight, those that are wanted."""
     stride, padding, dilation, groups = geometry
@@ -177,7 +177,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor, residual: Optional[Tensor], relu: bool,
-           geometry: Tuple[List[int], List[int], List[int], int]) -> Tensor:
+           geometry: winograd.Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     if _onednn_takes(x):
         one_dnn = torch.ops.mkldnn._convolution_pointwise

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Geometry = Tuple[List[int], List[int], List[int], int]  # of a convolution: stride, padding, dilation, groups
+
 TILE = 4  # results along a side
 WINDOW = TILE + 2  # inputs along a side, and points
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)  # and infinity
@@ -45,12 +47,11 @@ def _matrices() -> Tuple[Tensor, Tensor, Tensor]:
 _INPUTS, _WEIGHTS, _RESULTS = _matrices()
 
 
-def suits(x: Tensor, weight: Tensor, geometry: Tuple[List[int], List[int], List[int], int], trained: bool = False) -> bool:
+def suits(x: Tensor, weight: Tensor, geometry: Geometry, trained: bool = False) -> bool:
     """Whether this is faster than a direct convolution.
 
     Args:
         x: [B, C, H, W]; weight: [K, C, h, w].
-        geometry: stride, padding, dilation, groups.
         trained: the weight goes to the points at every step. If not, it is decided image by image: a batch's size changes
             no result.
     """

@@ -108,6 +108,34 @@ def test_a_step_is_the_composition_of_its_parts(kernel, stride, dilation, relu, 
         torch.testing.assert_close(fused.convolve(x, conv, norm, relu, residual), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("relu, with_residual", [(True, True), (True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_step_by_winograd_is_the_composition_of_its_parts(relu, with_residual, trained, monkeypatch):
+    """In training with its gradients, and with constant weights; both do take that way."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(128, 136, 3, padding=1, bias=False)
+    norm = randomise(FrozenBatchNorm2d(136))
+    x = torch.randn(2, 128, 22, 26, requires_grad=trained)
+    conv.weight.requires_grad_(trained)
+    residual = torch.randn(2, 136, 22, 26, requires_grad=trained) if with_residual else None
+    reference = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
+    sources = [source for source in (x, conv.weight, residual) if source is not None]
+    precise = [source.detach().double().requires_grad_(trained) for source in sources]
+    reference[0].weight = nn.Parameter(precise[1], requires_grad=trained)
+    precise[1] = reference[0].weight
+    expected = reference[1](reference[0](precise[0])) + (precise[2] if with_residual else 0)
+    expected = expected.relu() if relu else expected
+    for direct in ("_apply", "_direct_gradients"):
+        monkeypatch.delattr(fused, direct)
+    actual = fused.convolve(x, conv, norm, relu, residual)
+    assert_close(actual, expected, 5e-6)
+    if trained:
+        weights = torch.randn(expected.shape)
+        found = torch.autograd.grad((actual * weights).sum(), sources)
+        for ours, theirs in zip(found, torch.autograd.grad((expected * weights).sum(), precise)):
+            assert_close(ours, theirs, 1e-2 if relu else 1e-5)  # a ReLU at 0 may fall to either side
+
+
 def test_gradients_by_finite_differences():
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False).double(), randomise(FrozenBatchNorm2d(4)).double()

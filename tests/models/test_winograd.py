@@ -8,8 +8,8 @@ from models import winograd
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
 
 
-def made_up(batch, channels, outputs, height, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def made_up(batch, channels, outputs, height, width):
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels, height, width, generator=generator).relu().to(memory_format=torch.channels_last)
     weight = torch.randn(outputs, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
     return x, weight.to(memory_format=torch.channels_last), torch.randn(outputs, generator=generator)
