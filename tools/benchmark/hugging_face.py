@@ -80,9 +80,8 @@ class HuggingFaceTraining(HuggingFace):
         for _ in turns:
             images, mask, labels = self._on_device()
             with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-                queries = self._queries()
                 loss = self.model(pixel_values=images, pixel_mask=mask, labels=labels,
-                                  **({} if queries is None else {"decoder_inputs_embeds": queries})).loss
+                                  decoder_inputs_embeds=self._queries()).loss
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
