@@ -2,7 +2,8 @@
 import argparse
 import json
 import pathlib
-from typing import Any, Callable, Dict, List
+import shutil
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 import torch
@@ -21,6 +22,18 @@ TINY = ("--device cpu --dataset_file coco --num_classes 5 --backbone resnet18 --
 TINY_PRETRAINING = [*TINY[:2], "--dataset_file", "imagenet", *TINY[6:], "--num_patches", "3", "--feature_recon"]
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Removes what a module's tests share, gigabytes of checkpoints, at the module's end, unless one of them failed."""
+    base, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
+    before = set(base.iterdir())
+    yield
+    if request.session.testsfailed == failed:
+        for made in set(base.iterdir()) - before:
+            if not made.is_symlink():  # pytest's own, to the latest
+                shutil.rmtree(made)
 
 
 @pytest.fixture

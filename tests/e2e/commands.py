@@ -1,14 +1,16 @@
 """Helpers of the tests that run the programs as a user does."""
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 
+import forked
 from datasets.toy import ToySettings, write_toy
 from tools import predict
 
@@ -26,7 +28,7 @@ LAUNCHERS = ("single", "torchrun", "launch")
 
 
 def launcher_prefix(launcher: str) -> List[str]:
-    """The words before `main.py`; the last two start two processes."""
+    """The words before `main.py`; the last two launchers start two processes."""
     if launcher == "single":
         return [sys.executable]
     if launcher == "torchrun":
@@ -42,26 +44,36 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(arguments: List[str], launcher: str = "single", check: bool = True, env: Optional[Dict[str, str]] = None,
+def run(arguments: List[Any], launcher: str = "single", check: bool = True, env: Optional[Dict[str, str]] = None,
         timeout: int = 120) -> subprocess.CompletedProcess:
-    """Run a program of the project from its root on the CPU; with `check`, show its output if it fails."""
+    """Run a program of the project from its root on the CPU; with `check`, show its output if it fails.
+
+    Args:
+        launcher: one of `LAUNCHERS`, or "pair": two processes as torchrun would start them, but without it, and so sooner.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    done = subprocess.run([*launcher_prefix(launcher), *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=timeout)
+    words = list(map(str, arguments))
+    if launcher == "single":
+        done = forked.run(words, str(ROOT), [environment], timeout)
+    elif launcher == "pair":
+        meet = {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        done = forked.run(words, str(ROOT), [{**meet, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"], timeout)
+    else:
+        done = subprocess.run([*launcher_prefix(launcher), *words], cwd=ROOT, env=environment, text=True,
+                              capture_output=True, timeout=timeout)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
-def run_config(name: str, flags: List[str], data_root: Path, processes: int = 1) -> str:
-    """Run a recipe from the project's root, without and with the launcher; returns what it printed."""
-    launcher = [] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DATA_ROOT": str(data_root),
-                   "PYTHON": sys.executable}
-    done = subprocess.run([*launcher, f"./configs/{name}", *map(str, flags)], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def recipe_words(name: str, *flags: Any, data_root: Union[str, Path]) -> List[str]:
+    """The words with which a recipe's script starts main.py, when these flags are appended to its own."""
+    environment = {**os.environ, "PYTHON": str(ROOT / "tests" / "e2e" / "print_words.sh"), "DATA_ROOT": str(data_root)}
+    printed = subprocess.run([f"./configs/{name}", *map(str, flags)], cwd=ROOT, env=environment, text=True,
+                             capture_output=True, check=True).stdout
+    unbuffered, program, *rest = shlex.split(printed)
+    assert unbuffered == "-u" and os.path.samefile(ROOT / program, ROOT / "main.py")
+    return rest
 
 
 def weights(out: Path) -> Dict[str, torch.Tensor]:

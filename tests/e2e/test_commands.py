@@ -93,11 +93,11 @@ def test_evaluation_is_the_same_for_one_and_two_processes(toy, finetuned, tmp_pa
     command = ["main.py", *"--batch_size 2 --eval --no_aux_loss --pre_norm".split(), "--coco_path", toy / "coco",
                "--val_annotations", truth, "--resume", finetuned, *SMALL_COCO]
     tables = []
-    for launcher in ("single", "torchrun", "launch"):
+    for launcher in ("single", "pair"):
         out = run(command, launcher).stdout
         tables.append(coco_tables(out))
         assert "AP50" in out  # the table of classes
-    assert len(tables[0]) == 12 and tables[0] == tables[1] == tables[2]
+    assert len(tables[0]) == 12 and tables[0] == tables[1]
     assert finds_something(tables[0])
 
 

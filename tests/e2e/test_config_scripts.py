@@ -1,14 +1,11 @@
 """The recipes in configs/: what each of them says to main.py, and UP-DETR's trained as a user runs them."""
 import argparse
-import json
 import os
-import shlex
-import subprocess
 
 import pytest
 import torch
 
-from commands import ROOT, SMALL_MODEL, log_lines, run, weights, write_data_root
+from commands import ROOT, SMALL_MODEL, log_lines, recipe_words, run, weights, write_data_root
 from main import get_args_parser
 from util import recipes
 
@@ -33,20 +30,10 @@ COMMON = {PRETRAIN: dict(dataset_file="imagenet", epochs=60, lr_drop=40, batch_s
           FINE_TUNE: dict(pretrain=f"exps/{PRETRAIN}/checkpoint.pth")}
 
 
-def words(name, *flags, data_root):
-    """The words with which a recipe starts main.py."""
-    environment = {**os.environ, "PYTHON": str(ROOT / "tests" / "e2e" / "print_words.sh"), "DATA_ROOT": str(data_root)}
-    printed = subprocess.run([f"./configs/{name}", *map(str, flags)], cwd=ROOT, env=environment, text=True,
-                             capture_output=True, check=True).stdout
-    unbuffered, program, *rest = shlex.split(printed)
-    assert unbuffered == "-u" and os.path.samefile(ROOT / program, ROOT / "main.py")
-    return rest
-
-
 def said(name, *flags):
     """What a recipe says to main.py, defaults filled in."""
     parser = argparse.ArgumentParser(parents=[get_args_parser()], allow_abbrev=False)
-    args = parser.parse_args([*words(name, *flags, data_root="/data of all"), "--device", "cpu"])
+    args = parser.parse_args([*recipe_words(name, *flags, data_root="/data of all"), "--device", "cpu"])
     recipes.require_data(recipes.resolve(args))
     return args
 
@@ -91,20 +78,16 @@ def runs(data_root, tmp_path_factory):
     and what was printed with two processes and with one.
     """
     folder = tmp_path_factory.mktemp("exps")
-    first, second = [], []
+    printed, before = {"pair": "", "single": ""}, {}
     for name in sorted(UPDETR, key=lambda name: name.startswith(FINE_TUNE)):
         flags = ["--output_dir", folder / name, "--device", "cpu"]
         flags += SMALL_PRETRAIN if name.startswith(PRETRAIN) else [
             *SMALL_FINE_TUNE, "--pretrain", folder / f"{PRETRAIN}.sh" / "checkpoint.pth"]
-        first.append(words(name, *flags, data_root=data_root))
-        second.append([*first[-1], "--epochs", "2", "--resume", "auto"])
-    printed, before = [], {}
-    for launcher, trainings in (("torchrun", first), ("single", second)):
-        (folder / "trainings.json").write_text(json.dumps(trainings))
-        printed.append(run(["tests/e2e/run_trainings.py", folder / "trainings.json"], launcher,
-                           env={"PYTHONPATH": str(ROOT)}, timeout=300).stdout)
-        before = before or {name: weights(folder / name) for name in UPDETR}
-    return folder, before, *printed
+        words = ["main.py", *recipe_words(name, *flags, data_root=data_root)]
+        printed["pair"] += run(words, "pair").stdout
+        before[name] = weights(folder / name)
+        printed["single"] += run([*words, "--epochs", "2", "--resume", "auto"]).stdout
+    return folder, before, *printed.values()
 
 
 def test_up_detr_runs_with_two_processes_and_with_one(runs):

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from commands import (ROOT, SMALL_MODEL, coco_tables, finds_something, log_lines, run, run_config, weights,
+from commands import (ROOT, SMALL_MODEL, coco_tables, finds_something, log_lines, recipe_words, run, weights,
                       write_agreeable_truth, write_data_root)
 from main import get_args_parser, main
 
@@ -36,9 +36,10 @@ def trained(data_root, tmp_path_factory):
         if name not in done:
             out = tmp_path_factory.mktemp("exps")
             small = [*SMALL, "--output_dir", out] + (["--backbone", "resnet50"] if "dc5" in name else [])
-            first = run_config(name, small, data_root, processes=2)
+            words = ["main.py", *recipe_words(name, *small, data_root=data_root)]
+            first = run(words, "pair").stdout
             before = weights(out)
-            second = run_config(name, [*small, "--epochs", 2, "--resume", "auto"], data_root)
+            second = run([*words, "--epochs", "2", "--resume", "auto"]).stdout
             done[name] = out, before, first, second
         return done[name]
 
@@ -65,9 +66,9 @@ def test_recipe_trains_on_two_processes_and_goes_on_with_one(name, trained):
 def test_evaluation_is_the_same_for_one_and_two_processes(trained, data_root, tmp_path):
     checkpoint, coco = trained(TWO_STAGE)[0] / "checkpoint.pth", data_root / "MSCoco"
     truth = write_agreeable_truth(checkpoint, coco / "val2017", coco / "annotations/instances_val2017.json", tmp_path)
-    one, two = (coco_tables(run_config(
-        TWO_STAGE, [*SMALL, "--eval", "--no_aux_loss", "--resume", checkpoint, "--val_annotations", truth, "--output_dir", ""],
-        data_root, processes)) for processes in (1, 2))
+    words = recipe_words(TWO_STAGE, *SMALL, "--eval", "--no_aux_loss", "--resume", checkpoint, "--val_annotations", truth,
+                         "--output_dir", "", data_root=data_root)
+    one, two = (coco_tables(run(["main.py", *words], launcher).stdout) for launcher in ("single", "pair"))
     assert len(one) == 12 and one == two and finds_something(one)
 
 
@@ -91,8 +92,9 @@ def test_resumed_run_is_bit_identical(data_root, tmp_path):
 def test_another_model_starts_from_its_weights(trained, data_root, tmp_path):
     """Two processes train what has idle heads: refinement without the earlier layers' losses; SGD, named drops."""
     pretrained = trained(TWO_STAGE)[0] / "checkpoint.pth"
-    printed = run_config(REFINED, [*SMALL, "--pretrain", pretrained, "--no_aux_loss", "--sgd", "--lr_drop_epochs", 1,
-                                   "--output_dir", tmp_path], data_root, processes=2)
+    words = recipe_words(REFINED, *SMALL, "--pretrain", pretrained, "--no_aux_loss", "--sgd", "--lr_drop_epochs", 1,
+                         "--output_dir", tmp_path, data_root=data_root)
+    printed = run(["main.py", *words], "pair").stdout
     assert "pretrain: missed 3 tensors: query_embed.weight, transformer.reference_points.bias, " in printed
     checkpoint = torch.load(tmp_path / "checkpoint0000.pth", weights_only=True)
     assert [group["lr"] for group in checkpoint["optimizer"]["param_groups"]] == pytest.approx([2e-5, 2e-6, 2e-6])

@@ -1,14 +1,12 @@
 """DETReg's recipes: pre-training on regions, and fine-tuning from it, as a user runs them."""
 import json
 import os
-import shlex
-import subprocess
 import textwrap
 
 import pytest
 import torch
 
-from commands import ROOT, SMALL_MODEL, SMALL_PRETRAIN, log_lines, run
+from commands import ROOT, SMALL_MODEL, SMALL_PRETRAIN, log_lines, recipe_words, run
 from datasets.toy import ToySettings, write_toy
 from main import get_args_parser, main
 from tools import cache_proposals, predict
@@ -57,16 +55,6 @@ def caches(data_root, tmp_path_factory):
     return {**done, "ilsvrc100/train": done["ilsvrc/train"]}  # the same images
 
 
-def flags_of(name, added, data_root):
-    """The flags with which a recipe's script starts main.py, when these are added to its command."""
-    environment = {**os.environ, "DATA_ROOT": str(data_root), "PYTHON": "echo"}
-    printed = subprocess.run([f"./configs/{name}.sh", *map(str, added)], cwd=ROOT, env=environment, text=True,
-                             check=True, capture_output=True).stdout
-    unbuffered, program, *flags = shlex.split(printed)
-    assert unbuffered == "-u" and os.path.samefile(ROOT / program, ROOT / "main.py")
-    return flags
-
-
 def train(*flags):
     """main.py in this process; returns the checkpoint that it leaves."""
     args = get_args_parser().parse_args(list(map(str, flags)))
@@ -83,7 +71,7 @@ def test_there_are_eleven_recipes():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recipes_state_the_published_values(name, data_root):
-    args = resolve(get_args_parser().parse_args([*flags_of(name, [], data_root), "--device", "cpu"]))
+    args = resolve(get_args_parser().parse_args([*recipe_words(f"{name}.sh", data_root=data_root), "--device", "cpu"]))
     epochs, lr_drop, percent = STATED[name]
     assert (args.epochs, args.lr_drop, args.filter_pct) == (epochs, lr_drop, percent)
     assert args.output_dir == f"exps/{name}" and args.model == ("detr" if "detr" in name else "deformable_detr")
@@ -107,7 +95,6 @@ def recipe_runs(data_root, caches, tmp_path_factory):
     folders = {}
     for processes in (1, 2):
         folders[processes] = tmp_path_factory.mktemp(f"processes{processes}")
-        trainings = []
         for name in sorted(CONFIGS, key=lambda name: name not in PRETRAINING):
             added = ["--output_dir", folders[processes] / name]
             if name in PRETRAINING:
@@ -117,14 +104,11 @@ def recipe_runs(data_root, caches, tmp_path_factory):
                           "--pretrain", folders[1] / "DETReg_top30_in/checkpoint.pth"]
                 if "10pct" not in name:  # a world of 20 images has no 1 % for two processes
                     added += ["--filter_pct", 10]
-            trainings.append(flags_of(name, added, data_root))
-        if processes == 1:
-            for flags in trainings:
+            flags = recipe_words(f"{name}.sh", *added, data_root=data_root)
+            if processes == 1:
                 train(*flags)
-        else:
-            (folders[processes] / "flags.json").write_text(json.dumps(trainings))
-            run(["tests/e2e/run_trainings.py", folders[processes] / "flags.json"], "torchrun",
-                env={"PYTHONPATH": str(ROOT)}, timeout=300)
+            else:
+                run(["main.py", *flags], "pair")
     return folders
 
 
@@ -265,9 +249,9 @@ PROGRAM = """
 def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
-    for launcher in ("single", "torchrun"):
+    for launcher in ("single", "pair"):
         run([program, tmp_path / f"{launcher}.pth"], launcher, env={"PYTHONPATH": str(ROOT)})
-    one, two = (torch.load(tmp_path / f"{launcher}.pth", weights_only=True) for launcher in ("single", "torchrun"))
+    one, two = (torch.load(tmp_path / f"{launcher}.pth", weights_only=True) for launcher in ("single", "pair"))
     for model in ("detr", "deformable_detr"):
         assert one[f"{model} feature_embed.layers.1.weight"].abs().max() > 1e-3
     for name in one:

@@ -109,10 +109,10 @@ def test_panoptic_evaluation_is_the_same_for_one_and_two_processes(toy, panoptic
     torch.save(checkpoint, tmp_path / "sure.pth")
     command = ["main.py", *"--batch_size 1 --no_aux_loss --eval --masks".split(), "--resume", tmp_path / "sure.pth",
                *panoptic, *SMALL_COCO, "--output_dir"]
-    one, two = (run([*command, tmp_path / launcher], launcher) for launcher in ("single", "torchrun"))
+    one, two = (run([*command, tmp_path / launcher], launcher) for launcher in ("single", "pair"))
     assert len(tables(one)) == 12 + 12 + 3 and tables(one) == tables(two)
     assert float(tables(one)[-1].split("|")[1].split()[0]) > 1, "PQ of stuff"
-    written = [sorted((tmp_path / launcher / "panoptic_eval").iterdir()) for launcher in ("single", "torchrun")]
+    written = [sorted((tmp_path / launcher / "panoptic_eval").iterdir()) for launcher in ("single", "pair")]
     assert [path.name for path in written[0]] == [path.name for path in written[1]] and len(written[0]) == 5 + 1
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*written))
 
@@ -135,7 +135,7 @@ def test_instance_segmentation_on_the_same_box_model(toy, box_model, tmp_path):
 
 def test_frozen_training_goes_on_with_two_processes(panoptic, box_model, segm_model, tmp_path):
     done = run(["main.py", "--masks", *panoptic, "--frozen_weights", box_model, "--resume", segm_model, "--epochs", "2",
-                "--batch_size", "1", "--output_dir", tmp_path, *SMALL_COCO], "torchrun")
+                "--batch_size", "1", "--output_dir", tmp_path, *SMALL_COCO], "pair")
     assert f"resume: {segm_model}, continuing with epoch 1" in done.stdout and log_line(tmp_path)["epoch"] == 1
     before, after = (torch.load(path, weights_only=True)["model"] for path in (segm_model, tmp_path / "checkpoint.pth"))
     assert {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])} == {
@@ -148,7 +148,7 @@ def test_panoptic_training_from_an_updetr_on_two_processes(toy, panoptic, tmp_pa
     run(["main.py", *SMALL_PRETRAIN, "--pre_norm", "--imagenet_path", toy / "unlabelled", "--load_backbone", "none",
          *ONE_EPOCH, "--output_dir", updetr.parent])
     done = run(["main.py", "--masks", "--pre_norm", *panoptic, "--pretrain", updetr, *SMALL_COCO, *ONE_EPOCH,
-                "--mask_softmax", "per_head", "--output_dir", tmp_path], "torchrun")
+                "--mask_softmax", "per_head", "--output_dir", tmp_path], "pair")
     assert "pretrain: missed 34 tensors: bbox_attention.k_linear.bias" in done.stdout
     assert "detr.class_embed.bias" in done.stdout
     before, after = (torch.load(path, weights_only=True)["model"] for path in (updetr, tmp_path / "checkpoint.pth"))

@@ -41,7 +41,7 @@ def test_training_and_evaluation_on_files_of_other_names(own, tmp_path):
     assert "Average Precision" in done.stdout and re.search(r"^disc +bbox AP", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("launcher", ["single", "torchrun"])
+@pytest.mark.parametrize("launcher", ["single", "pair"])
 def test_overfitting_trains_and_evaluates_on_the_same_few_images(toy, tmp_path, launcher):
     done = run([*TRAIN, "--coco_path", toy / "coco", "--overfit", "4", "--batch_size", "1", "--output_dir", tmp_path],
                launcher)

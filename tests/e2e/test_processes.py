@@ -65,7 +65,7 @@ def test_two_processes_stop_together_one_goes_on_and_two_end_it(command, tmp_pat
     assert state["so_far"]["consumed"] == [[first, 2]] * bool(first) + [[2, 1]]
 
     capsys.readouterr()
-    done = run([*command, "--eval_every", "1"], "torchrun")
+    done = run([*command, "--eval_every", "1"], "pair")
     steps = first + 2 + (12 - 2 * first - 2) // 2
     assert f"Epoch: [{epoch}]  [{steps - 1:{len(str(steps))}d}/{steps}]" in done.stdout, done.stdout
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]

@@ -95,7 +95,7 @@ def test_a_job_that_is_interrupted_twice_ends_as_if_it_had_not_been(cluster, toy
     assert text.count("Calling checkpoint method") == 1, "the first process requeues the job, none of its children does"
     assert text.count("Training time") == 1
 
-    run(["main.py", *training(toy), "--device", "cpu", "--output_dir", tmp_path / "straight"], "torchrun")
+    run(["main.py", *training(toy), "--device", "cpu", "--output_dir", tmp_path / "straight"], "pair")
     weights = [torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (out, tmp_path / "straight")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     assert read(out / "log.txt").splitlines()[-1] == read(tmp_path / "straight" / "log.txt").splitlines()[-1]
