@@ -130,7 +130,8 @@ def test_heads_are_read_off_a_mask_model(tiny_args) -> None:
 
 def test_a_pre_training_on_regions_is_refused(tiny_args) -> None:
     state = {**build_model(tiny_args())[0].state_dict(), EMBEDDING_HEAD: torch.zeros(2, 2)}
-    with pytest.raises(InputError, match="^--source_model holds a DETReg pre-training model: .*: fine-tune it first with main.py --pretrain$"):
+    with pytest.raises(InputError, match="^--source_model holds a DETReg pre-training model: .*: "
+                                         "fine-tune it first with main.py --pretrain$"):
         convert(state, [1])
 
 

@@ -134,7 +134,8 @@ def test_ties_crowds_difficult_objects_and_more_than_a_hundred_detections(seed):
         for _ in range(12):
             x, y, side = rng.integers(0, 4, 3) * [8, 8, 4] + [0, 0, 24]
             annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "category_id": int(rng.choice([1, 3])),
-                                "bbox": [int(x), int(y), int(side), int(side)], "area": int(side * side) // int(rng.choice([1, 2])),
+                                "bbox": [int(x), int(y), int(side), int(side)],
+                                "area": int(side * side) // int(rng.choice([1, 2])),
                                 "iscrowd": int(rng.random() < 0.2), "difficult": int(rng.random() < 0.2)})
         corners = rng.integers(0, 4, (240, 2)) * 8.0
         predictions[image["id"]] = {

@@ -40,7 +40,7 @@ def test_gradients_of_two_processes_equal_those_of_one(flags, tmp_path):
     program.write_text(textwrap.dedent(PROGRAM))
     for launcher in ("single", "pair"):
         run([program, tmp_path / f"{launcher}.pth", *SMALL, *flags.split()], launcher, env={"PYTHONPATH": str(ROOT)})
-    one, two = (torch.load(tmp_path / f"{launcher}.pth") for launcher in ("single", "pair"))
+    one, two = (torch.load(tmp_path / f"{launcher}.pth", weights_only=True) for launcher in ("single", "pair"))
     assert max(gradient.abs().max() for gradient in one.values()) > 0.01
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5, msg=name)
