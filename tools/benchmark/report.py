@@ -97,17 +97,17 @@ def _draw_growth(axis: Any, growth: Dict[str, Any]) -> None:
     values = [point["value"] for point in points]
     times = [key for key in points[0] if key == "median_ms" or key.startswith("start_s")]
     memory = [key for key in points[0] if key.startswith(("peak_memory_mb", "peak_mb", "held_mb"))]
-    for key in times:
-        axis.plot(values, [point[key] for point in points], "o-", label=key)
-    axis.set_ylim(bottom=0)
+    lines = [axis.plot(values, [point[key] for point in points], "o-", label=key)[0] for key in times]
+    drawn = [axis]
+    if memory:
+        drawn.append(axis.twinx())
+        lines += [drawn[1].plot(values, [point[key] for point in points], "s--", color=f"C{i}", label=key)[0]
+                  for i, key in enumerate(memory, len(times))]
+    for side in drawn:
+        side.set_ylim(0, 1.1 * side.get_ylim()[1])
+        side.tick_params(labelsize=8)
+    axis.locator_params(axis="x", integer=True)
     axis.set_xlabel(growth["title"], fontsize=8)
     axis.set_title(growth["part"], fontsize=9, loc="left")
-    axis.tick_params(labelsize=8)
-    if memory:
-        right = axis.twinx()
-        for i, key in enumerate(memory, len(times)):
-            right.plot(values, [point[key] for point in points], "s--", color=f"C{i}", label=key)
-        right.set_ylim(bottom=0)
-        right.tick_params(labelsize=8)
-        right.legend(fontsize=7, loc="lower right")
-    axis.legend(fontsize=7, loc="upper left")
+    # On the line of the title, where it covers no point.
+    axis.legend(handles=lines, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines), frameon=False)
