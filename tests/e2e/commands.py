@@ -28,9 +28,7 @@ LAUNCHERS = ("single", "torchrun", "launch")
 
 
 def launcher_prefix(launcher: str) -> List[str]:
-    """The words before `main.py`; the last two launchers start two processes."""
-    if launcher == "single":
-        return [sys.executable]
+    """The words before `main.py` that start two processes of it; launcher: "torchrun" or "launch"."""
     if launcher == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}",

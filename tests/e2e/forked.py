@@ -25,7 +25,7 @@ def run(words: List[str], folder: str, environments: List[Dict[str, str]], timeo
     The environments must have OMP_NUM_THREADS.
 
     Returns:
-        The highest exit status, and what all of them wrote.
+        The worst exit status, and what all of them wrote.
 
     Raises:
         subprocess.TimeoutExpired: after `timeout` seconds; they are then ended.

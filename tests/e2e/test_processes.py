@@ -26,9 +26,9 @@ def command(tmp_path_factory):
             *"--epochs 2 --batch_size 1 --eval_every 2 --device cpu --resume auto --save_every_steps 1 --num_workers 1".split()]
 
 
-def start(arguments, launcher="torchrun"):
+def start(arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*launcher_prefix(launcher), *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+    return subprocess.Popen([*launcher_prefix("torchrun"), *map(str, arguments)], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
