@@ -16,18 +16,21 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from util.errors import InputError, run_program
 
+# Small images of few and large objects: what a detector learns of them in minutes is more than noise.
+WORLD = "--image_size 96 --max_objects 3 --min_object 0.3".split()
+BACKBONE_STEPS = 2000
 # A detector small enough for two CPU cores: stride 16, 64 channels, 2 + 3 layers.
 MODEL = ("--backbone resnet18 --backbone_last_layer layer3 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --enc_layers 2 "
          "--dec_layers 3 --num_queries 16 --dropout 0 --pre_norm --num_workers 1").split()
-PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 16 --patch_size 40 --min_patch 16 --max_patch 96 "
-            "--pretrain_sizes 128 --pretrain_max_size 128 --held_out_share 0.03 --lr 1e-3").split()
+PRETRAIN = ("--feature_recon --fre_cnn --match_within_group --num_patches 16 --patch_size 32 --min_patch 24 --max_patch 72 "
+            "--pretrain_sizes 96 --pretrain_max_size 96 --held_out_share 0.03 --lr 1e-3").split()
 PRETRAIN_BATCH = 16  # images a step, over all processes
-# Ten regions for the sixteen queries; they cover two fifths of the objects. Never cropped, as below.
-REGIONS = ("--dataset_file regions --model detr --object_embedding_loss --max_prop 10 --patch_size 48 --pretrain_sizes 128 "
-           "--pretrain_max_size 128 --crop_resize 128 --crop_size 1000 1000 --lr 1e-3").split()
-# Images of 128 pixels, never cropped (a crop larger than the image leaves it whole): in a training as short as this one,
-# random crops cost more than they teach.
-FINETUNE = ("--train_sizes 128 --crop_resize 128 --crop_size 1000 1000 --val_size 128 --max_size 128 --batch_size 8 --lr 1e-3 "
+# Ten regions for the sixteen queries; never cropped, as below.
+REGIONS = ("--dataset_file regions --model detr --object_embedding_loss --max_prop 10 --patch_size 32 --pretrain_sizes 96 "
+           "--pretrain_max_size 96 --crop_resize 96 --crop_size 1000 1000 --lr 1e-3").split()
+# Images are never cropped (a crop larger than the image leaves it whole): in a training as short as this one, random crops
+# cost more than they teach.
+FINETUNE = ("--train_sizes 96 --crop_resize 96 --crop_size 1000 1000 --val_size 96 --max_size 96 --batch_size 8 --lr 1e-3 "
             "--lr_backbone 0").split()
 # Whose boxes' recall is measured, and the name of the file with it.
 RECALL = {"selective search": "recall_search.json", "DETReg before any label": "recall_detreg.json"}
@@ -42,19 +45,28 @@ class Arm(NamedTuple):
     start: List[str]
 
 
+class Figures(NamedTuple):
+    """Of an evaluation: AP and AP50 in 0..1, and the validation loss."""
+
+    ap: float
+    ap50: float
+    loss: float
+
+
 class Demo:
     """The phases, their wall times and their results, in one folder."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.folder = Path(args.output_dir)
-        self.times_file = self.folder / "times.json"
-        if self.folder.exists() and not self.times_file.exists() and any(self.folder.iterdir()):
+        self.phases_file = self.folder / "phases.json"
+        if self.folder.exists() and not self.phases_file.exists() and any(self.folder.iterdir()):
             raise InputError(f"--output_dir {self.folder} has other files in it than a demo's: choose an empty or a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.times_file.exists():
-            self.times_file.write_text("{}")
-        self.seconds: Dict[str, float] = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
+        if not self.phases_file.exists():
+            self.phases_file.write_text("{}")
+        # By the name of a phase that is finished: its "commands", and the "seconds" that they took side by side.
+        self.finished: Dict[str, Dict[str, Any]] = json.loads(self.phases_file.read_text())
         self.toy, self.backbone = self.path("toy"), self.path("backbone.pth")
         self.arms = [Arm("scratch", "scratch", ["--load_backbone", self.backbone]),
                      Arm("pretrained", "UP-DETR", ["--pretrain", self.path("pretrain/checkpoint.pth")])]
@@ -66,9 +78,16 @@ class Demo:
 
     def phase(self, name: str, *commands: List[str], processes: int = 1, logs: Optional[List[str]] = None) -> None:
         """Run commands, each of so many processes, side by side and note how long they took; a phase that has been finished
-        before is passed over."""
-        if name in self.seconds:
-            print(f"== {name}: done before, in {self.seconds[name]:.0f} s", flush=True)
+        before is passed over.
+
+        Raises:
+            InputError: if a command fails, or the phase was finished with other commands.
+        """
+        if name in self.finished:
+            if self.finished[name]["commands"] != list(commands):
+                raise InputError(f"--output_dir {self.folder} holds a demo whose {name} had other flags: choose an empty or a "
+                                 "new folder")
+            print(f"== {name}: done before, in {self.finished[name]['seconds']:.0f} s", flush=True)
             return
         print(f"== {name}", flush=True)
         start = time.perf_counter()
@@ -80,8 +99,8 @@ class Demo:
             output = open(logs[number], "a") if logs else None
             running.append(subprocess.Popen([sys.executable, *command], env=environment, stdout=output, stderr=output))
         self._wait(name, running, logs)
-        self.seconds[name] = time.perf_counter() - start
-        self.times_file.write_text(json.dumps(self.seconds))
+        self.finished[name] = {"seconds": time.perf_counter() - start, "commands": list(commands)}
+        self.phases_file.write_text(json.dumps(self.finished, indent=1))
 
     def _wait(self, name: str, running: List[subprocess.Popen], logs: Optional[List[str]]) -> None:
         try:
@@ -99,11 +118,11 @@ class Demo:
 
     def run(self) -> None:
         args = self.args
-        self.phase("toy data", ["-m", "datasets.toy", "--output_dir", self.toy,
+        self.phase("toy data", ["-m", "datasets.toy", "--output_dir", self.toy, *WORLD,
                                 "--num_unlabelled", str(args.num_unlabelled),
                                 "--num_train", str(args.num_labelled), "--num_val", str(args.num_val)])
         self.phase("backbone weights", ["-m", "tools.pretrain_toy_backbone", "--output", self.backbone,
-                                        "--seed", str(args.seed)])
+                                        "--steps", str(BACKBONE_STEPS), "--seed", str(args.seed)])
         self.pretrain("pre-training", "pretrain", args.pretrain_epochs, *PRETRAIN,
                       "--eval_every", str(max(1, args.pretrain_epochs // 4)))
         self.finetune("fine-tuning", self.arms[:2])
@@ -184,12 +203,14 @@ class Demo:
 
     def report(self) -> None:
         """Print the comparison and keep it as summary.json."""
-        curves = {arm.folder: {line["epoch"] + 1: line["test_coco_eval_bbox"]
-                               for line in read_log(self.path(f"{arm.folder}/log.txt")) if "test_coco_eval_bbox" in line}
+        curves = {arm.label: {line["epoch"] + 1: Figures(*line["test_coco_eval_bbox"][:2], line["test_loss"])
+                              for line in read_log(self.path(f"{arm.folder}/log.txt")) if "test_loss" in line}
                   for arm in self.arms}
         patches = [line for line in read_log(self.path("pretrain/log.txt")) if "test_patch_iou" in line][-1]
-        summary = {"seed": self.args.seed, "curves": curves, "patches": patches, "seconds": self.seconds}
-        rows = ["", *table({arm.label: curves[arm.folder] for arm in self.arms}), "",
+        seconds = {name: phase["seconds"] for name, phase in self.finished.items()}
+        evaluations = {label: {epoch: figures._asdict() for epoch, figures in curve.items()} for label, curve in curves.items()}
+        summary = {"seed": self.args.seed, "evaluations": evaluations, "patches": patches, "seconds": seconds}
+        rows = ["", *table(curves), "",
                 f"patches found: mean IoU {patches['test_patch_iou']:.3f}, control (another image's patches) "
                 f"{patches['test_control_iou']:.3f}"]
         if self.args.detreg:
@@ -197,8 +218,8 @@ class Demo:
             rows += [f"objects covered by an image's 10 best boxes of {name}: average recall "
                      f"{100 * found['10']['AR']:.1f}, at IoU 0.5 {100 * found['10']['R50']:.1f}"
                      for name, found in summary["recall"].items()]
-        rows += ["", *(f"{name:>33}: {seconds:5.0f} s" for name, seconds in self.seconds.items()),
-                 f"{'total':>33}: {sum(self.seconds.values()):5.0f} s", "",
+        rows += ["", *(f"{name:>33}: {taken:5.0f} s" for name, taken in seconds.items()),
+                 f"{'total':>33}: {sum(seconds.values()):5.0f} s", "",
                  f"detections: {self.path('predictions')}", f"patches found: {self.path('find_patch.png')}",
                  f"learning curves: {self.path(self.own('curves.png'))}",
                  *([f"regions proposed and found: {self.path('regions.png')}"] if self.args.detreg else [])]
@@ -215,24 +236,24 @@ def boxes_by_image(coco: Dict[str, Any]) -> Dict[int, List[List[float]]]:
     return boxes
 
 
-def table(curves: Dict[str, Dict[int, List[float]]]) -> List[str]:
-    """Lines with AP and AP50 in percent at each epoch at which all trainings were evaluated, and AP50 as a multiple of
-    the first training's.
+def table(curves: Dict[str, Dict[int, Figures]]) -> List[str]:
+    """Lines with AP and AP50 in percent and the loss at each epoch at which all trainings were evaluated, and AP50 as a
+    multiple of the first training's.
 
     Args:
-        curves: by the training's name and by epoch, COCO's twelve numbers in 0..1.
+        curves: evaluations by the training's name and by epoch.
     """
     first, *others = curves
     heads = [f"{name} ratio" for name in others] if len(others) > 1 else ["AP50 ratio"]
-    lines = [" | ".join([f"{'epoch':>6}", *(f"{name + ' AP':>10} {'AP50':>6}" for name in curves),
-                         *(f"{head:>10}" for head in heads)])]
+    lines = [" | ".join([f"{'epoch':>6}", *(f"{name + ' AP':>10} {'AP50':>6} {'loss':>6}" for name in curves), *heads])]
     for epoch in sorted(set.intersection(*map(set, curves.values()))):
-        figures = {name: mine[epoch] for name, mine in curves.items()}
-        base = figures[first][1]
-        ratios = [f"{figures[name][1] / base:.2f}" if base > 0 else "-" for name in others]
+        found = {name: curve[epoch] for name, curve in curves.items()}
+        base = found[first].ap50
+        ratios = [f"{found[name].ap50 / base:.2f}" if base > 0 else "-" for name in others]
         lines.append(" | ".join([
-            f"{epoch:6d}", *(f"{100 * mine[0]:10.1f} {100 * mine[1]:6.1f}" for mine in figures.values()),
-            *(f"{ratio:>{max(10, len(head))}}" for ratio, head in zip(ratios, heads))]))
+            f"{epoch:6d}",
+            *(f"{100 * figures.ap:10.1f} {100 * figures.ap50:6.1f} {figures.loss:6.2f}" for figures in found.values()),
+            *(f"{ratio:>{len(head)}}" for ratio, head in zip(ratios, heads))]))
     return lines
 
 
@@ -251,12 +272,12 @@ def main() -> None:
     parser = argparse.ArgumentParser("demo", description=__doc__)
     parser.add_argument("--output_dir", default="outputs/demo")
     parser.add_argument("--seed", type=int, default=1, help="seed of the trainings; the world stays the same")
-    parser.add_argument("--num_unlabelled", type=int, default=6400)
+    parser.add_argument("--num_unlabelled", type=int, default=4800)
     parser.add_argument("--num_labelled", type=int, default=500)
     parser.add_argument("--num_val", type=int, default=200)
     parser.add_argument("--pretrain_epochs", type=int, default=4, help="of UP-DETR's pre-training")
-    parser.add_argument("--epochs", type=int, default=15, help="of each fine-tuning")
-    parser.add_argument("--eval_every", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=12, help="of each fine-tuning")
+    parser.add_argument("--eval_every", type=int, default=4)
     parser.add_argument("--detreg", action="store_true", help="with DETReg")
     Demo(parser.parse_args()).run()
 
