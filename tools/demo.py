@@ -34,7 +34,7 @@ FINETUNE = ("--train_sizes 96 --crop_resize 96 --crop_size 1000 1000 --val_size 
             "--lr_backbone 0").split()
 # Whose boxes' recall is measured, and the name of the file with it.
 RECALL = {"selective search": "recall_search.json", "DETReg before any label": "recall_detreg.json"}
-THRESHOLD = 0.3  # least score of the detections that are drawn: after so short a training few are above 0.5
+THRESHOLD = 0.5  # least score of the detections that are drawn
 
 
 class Arm(NamedTuple):
