@@ -1,4 +1,5 @@
 """The exception for mistakes that a user can mend, and how programs report it."""
+import contextlib
 import io
 import multiprocessing
 import os
@@ -6,7 +7,8 @@ import re
 import sys
 import time
 import traceback
-from typing import Callable
+from types import ModuleType
+from typing import Callable, Optional
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 # What torch says when a data-loading process is gone, at whatever line of the main process that comes to light.
@@ -29,7 +31,7 @@ class Stopped(Exception):
 def run_program(program: Callable[[], None]) -> None:
     """Run a command line program: mistakes in its input end in one line and exit status 2, numbers that go wrong in one line
     and status 3, a data-loading process that died (of memory, as a rule) in one line and status 4, a stop that was asked for
-    in one line and status 75; anything else is a fault of ours and keeps its traceback (status 1).
+    in one line and status 75, of all processes together; anything else is a fault of ours and keeps its traceback (status 1).
 
     Output reaches a file or a pipe line by line, as it does a terminal, so that a log can be followed.
     """
@@ -49,13 +51,16 @@ def run_program(program: Callable[[], None]) -> None:
             line, status = _of_dead_worker(error), 4
         except RuntimeError as news:  # torch raises that a loading process died at whatever line is at its turn
             line, status = _of_dead_worker(news), 4
-        if not line and not _has_company():
+        if not line and not _process_group() and not multiprocessing.active_children():
             raise
         if not line:
             line, status = traceback.format_exc().rstrip(), 1
     if line:
         print(line, file=sys.stderr, flush=True)
-    if _has_company():
+    if status == STOPPED and _process_group():  # launchers end all processes once one has left: not before all have spoken
+        with contextlib.suppress(RuntimeError):  # one that is gone already needn't be waited for
+            _process_group().barrier()
+    if _process_group() or multiprocessing.active_children():
         # Leaving in the usual way waits for loading processes, and for collectives that others won't take part in: a
         # process that failed could stay, and all others with it.
         sys.stdout.flush()
@@ -85,8 +90,7 @@ def _news_of_workers() -> str:
     return ""
 
 
-def _has_company() -> bool:
-    """Whether this process has loading processes or belongs to a process group."""
+def _process_group() -> Optional[ModuleType]:
+    """`torch.distributed` if this process belongs to a group; programs without torch don't import it for this."""
     distributed = sys.modules.get("torch.distributed")
-    grouped = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return grouped or bool(multiprocessing.active_children())
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None

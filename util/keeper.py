@@ -127,7 +127,7 @@ class Keeper:
 
     def _stop(self) -> None:
         self.state.saver.wait()
-        barrier()  # launchers end all processes once one has left
+        barrier()  # launchers end all processes once one has left: not before the state is saved
         place = f"epoch {self.state.epoch}" + (f" after step {self.state.so_far.step - 1}" if self.state.so_far.step else "")
         saved = f"saved {os.path.join(self.args.output_dir, LAST)}, --resume auto goes on" if self.args.output_dir else \
             "nothing was saved without --output_dir"

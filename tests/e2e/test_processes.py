@@ -113,3 +113,24 @@ def test_others_do_not_wait_for_a_process_that_is_gone(tmp_path, ends):
         assert "Timeout (0:00:04)!" in said[1] and "in hang_here" in said[1]
     else:
         assert "RuntimeError: process 1 broke" in said[1]
+
+
+STOPS = """
+import argparse, time
+from util.distributed import get_rank, init_distributed_mode
+from util.errors import Stopped, run_program
+def stop():
+    init_distributed_mode(argparse.Namespace(device="cpu", dist_url="env://", world_size=1, local_rank=None, dist_timeout=60))
+    time.sleep(3 * (get_rank() == 0))
+    raise Stopped("stopped in good order" if get_rank() == 0 else "")
+run_program(stop)
+"""
+
+
+def test_a_process_that_stops_lets_a_slower_one_speak(tmp_path):
+    """Torchrun ends all processes once one has left."""
+    script = tmp_path / "script.py"
+    script.write_text(STOPS)
+    done = subprocess.run([*launcher_prefix("torchrun"), str(script)], cwd=ROOT, text=True, capture_output=True, timeout=100,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode and "exitcode  : 75" in done.stderr and "stopped in good order\n" in done.stderr, done.stderr
