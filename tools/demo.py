@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from tools.output import replace_json
 from util.errors import InputError, run_program
 
 # Small images of few and large objects: what a detector learns of them in minutes is more than noise.
@@ -64,7 +65,7 @@ class Demo:
             raise InputError(f"--output_dir {self.folder} has other files in it than a demo's: choose an empty or a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.phases_file.exists():
-            self.phases_file.write_text("{}")
+            replace_json(self.phases_file, {})
         # By the name of a phase that is finished: its "commands", and the "seconds" that they took side by side.
         self.finished: Dict[str, Dict[str, Any]] = json.loads(self.phases_file.read_text())
         self.toy, self.backbone = self.path("toy"), self.path("backbone.pth")
@@ -100,7 +101,7 @@ class Demo:
             running.append(subprocess.Popen([sys.executable, *command], env=environment, stdout=output, stderr=output))
         self._wait(name, running, logs)
         self.finished[name] = {"seconds": time.perf_counter() - start, "commands": list(commands)}
-        self.phases_file.write_text(json.dumps(self.finished, indent=1))
+        replace_json(self.phases_file, self.finished)
 
     def _wait(self, name: str, running: List[subprocess.Popen], logs: Optional[List[str]]) -> None:
         try:

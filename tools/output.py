@@ -72,3 +72,10 @@ def write_json_lines(path: Path, entries: Sequence[Dict[str, Any]]) -> None:
     """Write a JSON list with a line for each entry, UTF-8."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def replace_json(path: Path, content: Any) -> None:
+    """Write JSON; at any moment the file is the old or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -51,16 +51,17 @@ def run_program(program: Callable[[], None]) -> None:
             line, status = _of_dead_worker(error), 4
         except RuntimeError as news:  # torch raises that a loading process died at whatever line is at its turn
             line, status = _of_dead_worker(news), 4
-        if not line and not _process_group() and not multiprocessing.active_children():
+        if not line and not _has_company():
             raise
         if not line:
             line, status = traceback.format_exc().rstrip(), 1
     if line:
         print(line, file=sys.stderr, flush=True)
-    if status == STOPPED and _process_group():  # launchers end all processes once one has left: not before all have spoken
+    group = _process_group()
+    if status == STOPPED and group:  # launchers end all processes once one has left: not before all have spoken
         with contextlib.suppress(RuntimeError):  # one that is gone already needn't be waited for
-            _process_group().barrier()
-    if _process_group() or multiprocessing.active_children():
+            group.barrier()
+    if _has_company():
         # Leaving in the usual way waits for loading processes, and for collectives that others won't take part in: a
         # process that failed could stay, and all others with it.
         sys.stdout.flush()
@@ -94,3 +95,8 @@ def _process_group() -> Optional[ModuleType]:
     """`torch.distributed` if this process belongs to a group; programs without torch don't import it for this."""
     distributed = sys.modules.get("torch.distributed")
     return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
+
+
+def _has_company() -> bool:
+    """Whether this process has loading processes or belongs to a process group."""
+    return _process_group() is not None or bool(multiprocessing.active_children())

@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from tools.output import replace_json
 from tools.reproduce.rows import Cell
 from util.errors import InputError, Stopped
 from util.saving import LAST
@@ -36,7 +37,7 @@ class Attempt:
     def note(self, finished: bool = False) -> None:
         """Write down how long the cell has taken so far."""
         self.record.update(seconds=self.before + time.monotonic() - self.start, finished=finished)
-        write_record(self.folder, self.record)
+        replace_json(self.folder / RECORD, self.record)
         self.noted = time.monotonic()
 
 
@@ -65,13 +66,6 @@ def _command_of(process: int) -> str:
         return Path(f"/proc/{process}/cmdline").read_text(errors="replace")
     except OSError:
         return ""
-
-
-def write_record(folder: Path, record: Dict[str, Any]) -> None:
-    """At any moment the file is the old or the new one."""
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / RECORD)
 
 
 def read_record(folder: Path) -> Dict[str, Any]:
