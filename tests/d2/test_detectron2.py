@@ -335,7 +335,6 @@ def test_losses_are_those_of_main_py(tiny_args: Any, images: List[Tensor], targe
 
 def test_losses_are_weighted_and_results_have_the_wanted_size(tiny_args: Any) -> None:
     """Detectron2 adds up what the model returns: each weighted loss once, and no figure that isn't one."""
-    torch.manual_seed(0)
     cfg = small_cfg(tiny_args, BOX, "MODEL.DETR.DROPOUT", 0.0)
     model = Detr(cfg)
     boxes = Boxes(torch.tensor([[5.0, 5.0, 30.0, 30.0]]))

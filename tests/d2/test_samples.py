@@ -69,7 +69,6 @@ def test_training_without_crop_scales_boxes_and_masks_with_the_image() -> None:
 def test_flipping_half_of_the_images() -> None:
     target = training_target([[0, 0, 10, 20]], [2], None, 20, 40)
     transform = build_transform(input_node(RANDOM_FLIP="horizontal"), is_train=True)
-    torch.manual_seed(0)
     lefts = [transform(torch.zeros(3, 20, 40, dtype=torch.uint8), target)[1]["boxes"][0, 0].item() for _ in range(200)]
     assert set(lefts) == {0.0, 30.0} and 70 < lefts.count(30.0) < 130
     assert target["boxes"].tolist() == [[0, 0, 10, 20]]
@@ -78,7 +77,6 @@ def test_flipping_half_of_the_images() -> None:
 def test_cropping_half_of_the_images_and_always_resizing_to_a_size_of_the_list() -> None:
     crop = {"ENABLED": True, "TYPE": "absolute_range", "SIZE": (10, 12)}
     transform = build_transform(input_node(MIN_SIZE_TRAIN=(20, 24), CROP=crop), is_train=True)
-    torch.manual_seed(0)
     image = torch.zeros(3, 40, 80, dtype=torch.uint8)
     sizes = [transform(image, training_target([], [], None, 40, 80))[0].shape[1:] for _ in range(200)]
     assert {min(size) for size in sizes} == {20, 24}

@@ -44,7 +44,6 @@ def assert_same_map(feature, expected):
 @pytest.mark.parametrize("name, channels", [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
 def test_features_equal_torchvisions(name, channels, images):
     """The same weights in torchvision's own network, in evaluation, up to its pooling."""
-    torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)(weights=None).eval()
     backbone = Backbone(name, train_backbone=False, return_interm_layers=True, dilation=False)
     backbone.body.load_state_dict({key: value for key, value in theirs.state_dict().items()
@@ -78,7 +77,6 @@ def test_stride_and_channels(name, dilation, last_layer, channels, stride):
 
 
 def test_dilated_features_equal_torchvisions():
-    torch.manual_seed(0)
     theirs = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True]).eval()
     backbone = Backbone("resnet50", False, False, dilation=True)
     load = {key: value for key, value in theirs.state_dict().items() if key in backbone.body.state_dict()}

@@ -256,7 +256,6 @@ def test_the_order_of_queries_means_nothing(build, images):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_how_it_starts(tiny_args, images, name):
     """Every class has a probability around 0.01, and boxes lie where the queries look, or are the proposals."""
-    torch.manual_seed(0)
     model = build_model(tiny_args(model="deformable_detr", **VARIANTS[name]))[0].eval()
     assert all(head.bias.sigmoid().allclose(torch.tensor(0.01)) for head in model.class_embed)
     out = model(images)

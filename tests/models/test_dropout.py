@@ -7,7 +7,6 @@ from models.dropout import Dropout, dropout
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_the_share_and_the_expected_value(p):
-    torch.manual_seed(0)
     n = 1_000_003  # not a multiple of four
     y = dropout(torch.ones(n), p, training=True)
     kept = y[y != 0]
@@ -19,7 +18,6 @@ def test_the_share_and_the_expected_value(p):
 
 def test_neighbours_are_independent():
     """Four elements share a random number, which must not tie them together."""
-    torch.manual_seed(0)
     zero = dropout(torch.ones(400_000), 0.5, training=True).view(-1, 4) == 0
     correlation = torch.corrcoef(zero.T.float())
     assert (correlation - torch.eye(4)).abs().max() < 0.02

@@ -84,7 +84,6 @@ def test_without_onednns_operator_public_ones_do_the_same():
 @pytest.mark.parametrize("relu, with_residual", [(True, True), (True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_a_step_is_the_composition_of_its_parts(kernel, stride, dilation, relu, with_residual, onednn, monkeypatch):
-    torch.manual_seed(0)
     conv = nn.Conv2d(8, 16, kernel, stride, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
     norm = randomise(FrozenBatchNorm2d(16))
     x = torch.randn(2, 8, 13, 11, requires_grad=True)
@@ -112,7 +111,6 @@ def test_a_step_is_the_composition_of_its_parts(kernel, stride, dilation, relu, 
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_step_by_winograd_is_the_composition_of_its_parts(relu, with_residual, trained, monkeypatch):
     """In training with its gradients, and with constant weights; both do take that way."""
-    torch.manual_seed(0)
     conv = nn.Conv2d(128, 136, 3, padding=1, bias=False)
     norm = randomise(FrozenBatchNorm2d(136))
     x = torch.randn(2, 128, 22, 26, requires_grad=trained)
@@ -137,7 +135,6 @@ def test_a_step_by_winograd_is_the_composition_of_its_parts(relu, with_residual,
 
 
 def test_gradients_by_finite_differences():
-    torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False).double(), randomise(FrozenBatchNorm2d(4)).double()
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)

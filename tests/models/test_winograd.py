@@ -15,11 +15,11 @@ def made_up(batch, channels, outputs, height, width):
     return x, weight.to(memory_format=torch.channels_last), torch.randn(outputs, generator=generator)
 
 
-def assert_close(actual, expected, factors, terms, tolerance=2e-6):
+def assert_close(actual, expected, factors, terms):
     """Errors are small beside a sum of so many products of two factors: beside a result itself they are not if terms cancel."""
     assert actual.shape == expected.shape and actual.dtype == torch.float32
     first, second = (factor.double().square().mean().sqrt() for factor in factors)
-    assert (actual - expected).square().mean().sqrt() <= tolerance * first * second * terms ** 0.5
+    assert (actual - expected).square().mean().sqrt() <= 2e-6 * first * second * terms ** 0.5
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 24, 8, 8), (3, 8, 8, 13, 17), (2, 24, 16, 5, 30), (1, 4, 4, 1, 1), (2, 3, 5, 4, 3)])

@@ -23,7 +23,6 @@ def image() -> torch.Tensor:
 @torch.no_grad()
 def test_weights_are_distributions_and_change_nothing(tiny_args: Callable[..., argparse.Namespace],
                                                       image: torch.Tensor) -> None:
-    torch.manual_seed(0)
     model = build_model(tiny_args(aux_loss=False))[0].eval()
     expected = model(image[None])
     for _ in range(2):
@@ -40,7 +39,6 @@ def test_weights_are_distributions_and_change_nothing(tiny_args: Callable[..., a
 def test_weights_are_those_of_the_layer_by_hand(tiny_args: Callable[..., argparse.Namespace],
                                                 image: torch.Tensor) -> None:
     """The first encoder layer of a post-norm model: softmax of (x + pos) W_q (x + pos)' W_k' / sqrt(d / heads)."""
-    torch.manual_seed(0)
     model = build_model(tiny_args(aux_loss=False, nheads=1))[0].eval()
     features, positions = model.backbone(batch_of(image))
     x = (model.input_proj(features[-1].tensors) + positions[-1]).flatten(2)[0].T
