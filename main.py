@@ -174,11 +174,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--imagenet_val_path", help="folder tree of held-out images to evaluate a pre-training on")
     group.add_argument("--held_out_share", type=float, help="share of --imagenet_path's images to hold out for that (0)")
     group.add_argument("--remove_difficult", action="store_true", default=None, help="VOC: don't train on difficult objects")
-    group.add_argument("--filter_pct", type=float, help="train on so many percent of the images (-1: all)")
+    group.add_argument("--filter_pct", type=float, help="train on this share of the images: 0.1 is a tenth (-1: all)")
     group.add_argument("--filter_num", type=float, help="train on so many of the images (-1: all)")
     group.add_argument("--filter_file", help="train on the images and boxes of this file: train_subset.json of an "
                        "--output_dir, or a JSON list of image ids")
-    group.add_argument("--filter_seed", type=int, help="decides which images or boxes are taken (0)")
+    group.add_argument("--filter_seed", type=int, help="decides which images or boxes are taken (--seed)")
     group.add_argument("--shots", type=int, metavar="K", help="train on K boxes or images of each class")
     group.add_argument("--shots_of", choices=("boxes", "images"), help="what --shots counts (boxes)")
     group.add_argument("--class_split", help='JSON file {"novel": [class names]}, such as datasets/splits/coco.json; '

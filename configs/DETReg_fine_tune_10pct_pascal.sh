@@ -11,5 +11,5 @@
 # --voc_path.
 exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \
     --model deformable_detr --pretrain exps/DETReg_top30_in/checkpoint.pth \
-    --filter_pct 10 --epochs 200 --lr_drop 150 --eval_every 10 --save_every 10 \
+    --filter_pct 0.1 --epochs 200 --lr_drop 150 --eval_every 10 --save_every 10 \
     --voc_path "${DATA_ROOT:-data}/pascal/VOCdevkit" --output_dir exps/DETReg_fine_tune_10pct_pascal "$@"

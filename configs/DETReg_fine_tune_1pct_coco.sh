@@ -10,5 +10,5 @@
 # Flags that are given win. The data lies in $DATA_ROOT/MSCoco (DATA_ROOT is data unless set), or in --coco_path.
 exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \
     --model deformable_detr --pretrain exps/DETReg_top30_coco/checkpoint.pth \
-    --filter_pct 1 --epochs 2000 --lr_drop 2000 --eval_every 50 --save_every 50 \
+    --filter_pct 0.01 --epochs 2000 --lr_drop 2000 --eval_every 50 --save_every 50 \
     --coco_path "${DATA_ROOT:-data}/MSCoco" --output_dir exps/DETReg_fine_tune_1pct_coco "$@"

@@ -10,5 +10,5 @@
 # Flags that are given win. The data lies in $DATA_ROOT/MSCoco (DATA_ROOT is data unless set), or in --coco_path.
 exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \
     --model deformable_detr --pretrain exps/DETReg_top30_coco/checkpoint.pth \
-    --filter_pct 2 --epochs 1000 --lr_drop 1000 --eval_every 25 --save_every 25 \
+    --filter_pct 0.02 --epochs 1000 --lr_drop 1000 --eval_every 25 --save_every 25 \
     --coco_path "${DATA_ROOT:-data}/MSCoco" --output_dir exps/DETReg_fine_tune_2pct_coco "$@"

@@ -10,5 +10,5 @@
 # Flags that are given win. The data lies in $DATA_ROOT/MSCoco (DATA_ROOT is data unless set), or in --coco_path.
 exec "${PYTHON:-python}" -u "$(dirname "$0")/../main.py" \
     --model deformable_detr --pretrain exps/DETReg_top30_coco/checkpoint.pth \
-    --filter_pct 5 --epochs 500 --lr_drop 500 --eval_every 10 --save_every 10 \
+    --filter_pct 0.05 --epochs 500 --lr_drop 500 --eval_every 10 --save_every 10 \
     --coco_path "${DATA_ROOT:-data}/MSCoco" --output_dir exps/DETReg_fine_tune_5pct_coco "$@"

@@ -1,7 +1,7 @@
 """Parts of a labelled data set: a share of its images, a few shots of each class, the base or the novel classes.
 
-All choices are functions of `--filter_seed` and the annotations alone, not of `--seed`: runs that are to be compared
-see the same images. A larger share contains the smaller ones of the same seed, and more shots contain the fewer ones.
+All choices are functions of `--filter_seed` (`--seed` unless given) and the annotations alone. A share of the images
+is the one that DETReg's program takes: its low-label numbers are of these images. More shots contain the fewer ones.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def restriction(image_set: str, args: argparse.Namespace) -> Callable[[dict], di
     """Returns what the flags do to a checked COCO dict (which stays as it is), None for nothing.
 
     Reads `class_split`, `class_part` and, for "train", `filter_pct`, `filter_num`, `filter_file`, `shots`, `shots_of`,
-    `filter_seed` and `output_dir`, where what was chosen is written to `SUBSET_FILE`.
+    `filter_seed`, `seed` and `output_dir`, where what was chosen is written to `SUBSET_FILE`.
     """
     flags = ("class_split",) + (("filter_pct", "filter_num", "filter_file", "shots") if image_set == "train" else ())
     if all(getattr(args, flag, None) in (None, -1) for flag in flags):
@@ -57,7 +57,10 @@ def restriction(image_set: str, args: argparse.Namespace) -> Callable[[dict], di
 
 
 def choose_images(ground_truth: dict, count: int, seed: int) -> Chosen:
-    """Chooses images at random.
+    """Chooses images at random, as DETReg's program does: `default_rng(seed).choice` without replacement.
+
+    It is called on places in the ascending ids; for VOC, whose ids count the images of the lists, these are the places
+    in the lists.
 
     Args:
         ground_truth: COCO dict.
@@ -65,7 +68,8 @@ def choose_images(ground_truth: dict, count: int, seed: int) -> Chosen:
         seed: decides which.
     """
     ids = _image_ids(ground_truth)
-    return Chosen(sorted(ids[position] for position in _shuffled(len(ids), seed)[:count]))
+    places = np.random.default_rng(seed % 2**64).choice(len(ids), size=count, replace=False)
+    return Chosen(sorted(ids[place] for place in places))
 
 
 def choose_shots(ground_truth: dict, shots: int, unit: str, seed: int) -> Chosen:
@@ -85,7 +89,7 @@ def choose_shots(ground_truth: dict, shots: int, unit: str, seed: int) -> Chosen
     annotations, images, short = [], [], []
     for label, objects in found.items():
         pool = sorted({item[unit == "images"] for item in objects})
-        chosen = {pool[position] for position in _shuffled(len(pool), [seed, label])[:shots]}
+        chosen = {pool[position] for position in _shuffled(len(pool), [seed % 2**32, label])[:shots]}
         if len(chosen) < shots:
             short.append(f"{class_names(ground_truth)[label]} ({len(chosen)})")
         annotations += sorted(chosen) if unit == "boxes" else []
@@ -156,15 +160,16 @@ def read_class_split(path: str, part: str, ground_truth: dict) -> set[int]:
 def _choose(ground_truth: dict, args: argparse.Namespace) -> dict:
     """Applies the flags that choose training images, and writes down what was chosen."""
     total = len(ground_truth["images"])
+    seed = args.seed if args.filter_seed is None else args.filter_seed
     if args.filter_file:
         chosen, made_by = _read_choice(args.filter_file, ground_truth), {"filter_file": args.filter_file}
     elif args.shots is not None:
-        chosen = choose_shots(ground_truth, args.shots, args.shots_of, args.filter_seed)
-        made_by = {"shots": args.shots, "shots_of": args.shots_of, "filter_seed": args.filter_seed}
+        chosen = choose_shots(ground_truth, args.shots, args.shots_of, seed)
+        made_by = {"shots": args.shots, "shots_of": args.shots_of, "filter_seed": seed}
     elif args.filter_pct != -1 or args.filter_num != -1:
-        chosen = choose_images(ground_truth, _number_of_images(total, args), args.filter_seed)
+        chosen = choose_images(ground_truth, _number_of_images(total, args), seed)
         name = "filter_pct" if args.filter_pct != -1 else "filter_num"
-        made_by = {name: getattr(args, name), "filter_seed": args.filter_seed}
+        made_by = {name: getattr(args, name), "filter_seed": seed}
     else:
         return ground_truth
     result = keep_chosen(ground_truth, chosen)
@@ -180,9 +185,11 @@ def _choose(ground_truth: dict, args: argparse.Namespace) -> dict:
 
 def _number_of_images(total: int, args: argparse.Namespace) -> int:
     if args.filter_pct != -1:
-        if not 0 < args.filter_pct <= 100:
-            raise InputError(f"--filter_pct {args.filter_pct:g} is not a percentage above 0, up to 100")
-        return max(1, round(total * args.filter_pct / 100))
+        if not 0 < args.filter_pct <= 1:
+            hint = f"; {args.filter_pct:g} percent are {args.filter_pct / 100:g}" if args.filter_pct <= 100 else ""
+            raise InputError(f"--filter_pct {args.filter_pct:g} is not a share of the images, above 0 and up to 1"
+                             + (hint if args.filter_pct > 1 else ""))
+        return max(1, round(total * args.filter_pct))
     if args.filter_num < 1 or args.filter_num != int(args.filter_num) or args.filter_num > total:
         raise InputError(f"--filter_num {args.filter_num:g} is not a number of images from 1 to {total}")
     return int(args.filter_num)
@@ -229,7 +236,7 @@ def _image_ids(ground_truth: dict) -> list[int]:
     return sorted(entry["id"] for entry in ground_truth["images"])
 
 
-def _shuffled(count: int, seed: int | list[int]) -> np.ndarray:
+def _shuffled(count: int, seed: list[int]) -> np.ndarray:
     """0..count-1 in an order that the seed decides."""
     # numpy's old generator: its stream, unlike the new one's, stays the same in every version.
     return np.random.RandomState(seed).permutation(count)

@@ -36,7 +36,7 @@ _DEFORMABLE: Dict[str, Default] = {
 _DEFORMABLE_LABELLED: Dict[str, Default] = {
     **_LABELLED, **_DEFORMABLE, "epochs": 50, "lr_drop": 40, "lr_backbone": 2e-5,
 }
-_SUBSETS: Dict[str, Default] = {"filter_pct": -1.0, "filter_num": -1.0, "filter_seed": 0, "shots_of": "boxes"}
+_SUBSETS: Dict[str, Default] = {"filter_pct": -1.0, "filter_num": -1.0, "shots_of": "boxes"}
 _REGIONS: Dict[str, Default] = {
     "batch_size": 4, "lr_drop": 40, "num_workers": 16, "load_backbone": "swav", "lr_backbone": 0.0, "strategy": "topk",
     "max_prop": 30, "patch_size": 128, "object_embedding_loss": False, "obj_embedding_head": "intermediate",

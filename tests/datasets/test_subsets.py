@@ -1,8 +1,10 @@
 """Parts of labelled data: their sizes, that they are always the same, and what few shots leave of the annotations."""
 import argparse
 import json
+import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -45,7 +47,7 @@ def arguments(root, **changes):
                   train_annotations=str(root / "train.json"), val_annotations=str(root / "val.json"), eval=False,
                   seed=0, num_classes=None,
                   train_sizes=None, val_size=20, max_size=40, crop_resize=None, crop_size=None, output_dir="",
-                  filter_pct=-1.0, filter_num=-1.0, filter_file=None, filter_seed=0, shots=None, shots_of="boxes",
+                  filter_pct=-1.0, filter_num=-1.0, filter_file=None, filter_seed=None, shots=None, shots_of="boxes",
                   class_split=None, class_part=None)
     return argparse.Namespace(**{**values, **changes})
 
@@ -54,39 +56,48 @@ def arguments(root, **changes):
 
 
 @pytest.mark.parametrize("flags, count", [
-    ({"filter_pct": 10.0}, 4), ({"filter_pct": 5.0}, 2), ({"filter_pct": 2.0}, 1), ({"filter_pct": 1.0}, 1),   # of 40
-    ({"filter_pct": 100.0}, 40), ({"filter_num": 7.0}, 7), ({"filter_num": 40.0}, 40), ({}, 40)])
+    ({"filter_pct": 0.1}, 4), ({"filter_pct": 0.05}, 2), ({"filter_pct": 0.02}, 1), ({"filter_pct": 0.01}, 1),   # of 40
+    ({"filter_pct": 1.0}, 40), ({"filter_num": 7.0}, 7), ({"filter_num": 40.0}, 40), ({}, 40)])
 def test_sizes(own_data, flags, count):
     assert len(build_dataset("train", arguments(own_data, **flags))) == count
     assert len(build_dataset("val", arguments(own_data, **flags))) == 40
 
 
-@pytest.mark.parametrize("total, percent, expected", [
-    (118287, 1, 1183), (118287, 2, 2366), (118287, 5, 5914), (118287, 10, 11829), (16551, 10, 1655)])
-def test_a_hundredth_of_coco_and_a_tenth_of_voc(total, percent, expected):
+@pytest.mark.parametrize("total, share, expected", [
+    (118287, 0.01, 1183), (118287, 0.02, 2366), (118287, 0.05, 5914), (118287, 0.1, 11829), (16551, 0.1, 1655)])
+def test_a_hundredth_of_coco_and_a_tenth_of_voc(total, share, expected):
     """118,287 and 16,551 images are in train2017 and in trainval of 2007 and 2012."""
-    assert _number_of_images(total, argparse.Namespace(filter_pct=float(percent))) == expected
+    assert _number_of_images(total, argparse.Namespace(filter_pct=share)) == expected
 
 
 def test_the_choice_is_fixed():
-    """By its seed, and not by the order of the images in the file; numpy.random.seed(0) makes permutation(10) begin
-    with 2, 8, 4 in every version."""
+    """By its seed, and not by the order of the images in the file."""
     content = {"images": [{"id": number} for number in range(1, 11)], "annotations": [], "categories": []}
     chosen = choose_images(content, 3, 0).image_ids
-    assert chosen == choose_images({**content, "images": content["images"][::-1]}, 3, 0).image_ids == [3, 5, 9]
+    assert chosen == choose_images({**content, "images": content["images"][::-1]}, 3, 0).image_ids
     assert choose_images(content, 3, 1).image_ids != chosen
 
 
-def test_a_larger_share_contains_the_smaller():
+@pytest.mark.parametrize("share, seed", [(0.1, 42), (0.25, 42), (0.05, 7)])
+def test_a_share_is_the_published_one(share, seed):
+    """DETReg's program draws round(n * share) of COCO's ascending ids by numpy's default generator."""
     content = ground_truth()
-    shares = [set(choose_images(content, count, 4).image_ids) for count in (2, 4, 10, 20, 200)]
-    assert all(one < two for one, two in zip(shares, shares[1:]))
-    assert shares[-1] == {entry["id"] for entry in content["images"]}
+    ids = sorted(entry["id"] for entry in content["images"])
+    published = np.random.default_rng(seed).choice(ids, size=round(len(ids) * share), replace=False)
+    assert choose_images(content, round(200 * share), seed).image_ids == sorted(published.tolist())
 
 
-def test_the_seed_of_the_run_does_not_matter(own_data):
-    first, second = (build_dataset("train", arguments(own_data, filter_num=9.0, seed=seed)).ids for seed in (1, 2))
-    assert first == second != build_dataset("train", arguments(own_data, filter_num=9.0, filter_seed=3)).ids
+def test_a_tenth_of_twenty_made_up_ids():
+    """Ids 100, 110, …, 290 and the published default seed, 42: the generator takes the second and the sixteenth."""
+    content = {"images": [{"id": number} for number in range(290, 90, -10)], "annotations": [], "categories": []}
+    assert choose_images(content, 2, 42).image_ids == [110, 250]
+
+
+def test_the_seed_of_the_run_decides_unless_there_is_one_of_the_choice(own_data):
+    def chosen(**flags):
+        return build_dataset("train", arguments(own_data, filter_num=9.0, **flags)).ids
+
+    assert chosen(seed=1) == chosen(seed=2, filter_seed=1) != chosen(seed=2)
 
 
 def test_images_keep_their_annotations_and_the_file_stays_whole(own_data):
@@ -139,7 +150,7 @@ def test_difficult_objects_are_no_shots():
 # Written down and read again
 
 
-@pytest.mark.parametrize("flags", [{"filter_pct": 20.0}, {"shots": 3}, {"shots": 2, "shots_of": "images"}])
+@pytest.mark.parametrize("flags", [{"filter_pct": 0.2}, {"shots": 3}, {"shots": 2, "shots_of": "images"}])
 def test_a_choice_that_was_written_down(own_data, tmp_path, flags, capsys):
     output = tmp_path / "run"
     first = build_dataset("train", arguments(own_data, output_dir=str(output), **flags))
@@ -178,8 +189,10 @@ def test_a_list_of_ids(own_data, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"filter_pct": 0.0}, "--filter_pct 0 is not a percentage above 0, up to 100"),
-    ({"filter_pct": 101.0}, "--filter_pct 101 is not a percentage"),
+    ({"filter_pct": 0.0}, "--filter_pct 0 is not a share of the images, above 0 and up to 1$"),
+    ({"filter_pct": 10.0}, "--filter_pct 10 is not a share of the images, above 0 and up to 1; 10 percent are 0.1$"),
+    ({"filter_pct": 101.0}, "--filter_pct 101 is not a share of the images, above 0 and up to 1$"),
+    ({"filter_pct": math.nan}, "--filter_pct nan is not a share of the images, above 0 and up to 1$"),
     ({"filter_num": 0.0}, "--filter_num 0 is not a number of images from 1 to 40"),
     ({"filter_num": 41.0}, "--filter_num 41 is not a number of images from 1 to 40"),
     ({"filter_num": 1.5}, "--filter_num 1.5 is not a number of images")])
@@ -245,8 +258,10 @@ def test_the_usual_splits(root):
 def test_a_tenth_of_voc(tmp_path):
     write_toy(tmp_path / "toy", ToySettings(image_size=64, num_unlabelled=1, num_train=20, num_val=2), num_workers=1)
     args = arguments(tmp_path, dataset_file="voc", voc_path=str(tmp_path / "toy/VOCdevkit"), remove_difficult=False,
-                     filter_pct=10.0, output_dir=str(tmp_path / "run"))
+                     filter_pct=0.1, output_dir=str(tmp_path / "run"))
     dataset = build_dataset("train", args)
+    places = np.random.default_rng(0).choice(np.arange(20), size=2, replace=False)  # in the list of images
+    assert dataset.ids == sorted((places + 1).tolist())
     assert len(dataset) == 2 and len(build_dataset("val", args)) == 2
     args.filter_pct, args.filter_file = -1.0, str(tmp_path / "run/train_subset.json")
     assert build_dataset("train", args).ids == dataset.ids

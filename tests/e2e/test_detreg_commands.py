@@ -21,9 +21,9 @@ PRETRAINING = {"DETReg_top30_in": "ilsvrc/train", "DETReg_top30_in100": "ilsvrc1
 STATED = {
     "DETReg_top30_in": (5, 40, None), "DETReg_top30_in100": (50, 40, None), "DETReg_top30_in_detr": (60, 40, None),
     "DETReg_top30_coco": (50, 40, None), "DETReg_fine_tune_full_coco": (50, 40, -1),
-    "DETReg_fine_tune_1pct_coco": (2000, 2000, 1), "DETReg_fine_tune_2pct_coco": (1000, 1000, 2),
-    "DETReg_fine_tune_5pct_coco": (500, 500, 5), "DETReg_fine_tune_10pct_coco": (400, 400, 10),
-    "DETReg_fine_tune_full_pascal": (100, 70, -1), "DETReg_fine_tune_10pct_pascal": (200, 150, 10),
+    "DETReg_fine_tune_1pct_coco": (2000, 2000, 0.01), "DETReg_fine_tune_2pct_coco": (1000, 1000, 0.02),
+    "DETReg_fine_tune_5pct_coco": (500, 500, 0.05), "DETReg_fine_tune_10pct_coco": (400, 400, 0.1),
+    "DETReg_fine_tune_full_pascal": (100, 70, -1), "DETReg_fine_tune_10pct_pascal": (200, 150, 0.1),
 }
 SMALL = [*SMALL_MODEL, *"--num_queries 20 --batch_size 2 --num_workers 0 --epochs 1 --device cpu".split()]
 SMALL_REGIONS = [*SMALL_PRETRAIN, *SMALL,
@@ -72,8 +72,8 @@ def test_there_are_eleven_recipes():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recipes_state_the_published_values(name, data_root):
     args = resolve(get_args_parser().parse_args([*recipe_words(f"{name}.sh", data_root=data_root), "--device", "cpu"]))
-    epochs, lr_drop, percent = STATED[name]
-    assert (args.epochs, args.lr_drop, args.filter_pct) == (epochs, lr_drop, percent)
+    epochs, lr_drop, share = STATED[name]
+    assert (args.epochs, args.lr_drop, args.filter_pct) == (epochs, lr_drop, share)
     assert args.output_dir == f"exps/{name}" and args.model == ("detr" if "detr" in name else "deformable_detr")
     assert args.lr == (1e-4 if "detr" in name else 2e-4) and args.num_queries == (100 if "detr" in name else 300)
     if name in PRETRAINING:
@@ -103,7 +103,7 @@ def recipe_runs(data_root, caches, tmp_path_factory):
                 added += [*SMALL_LABELLED, "--batch_size", 1, "--eval_every", 1,
                           "--pretrain", folders[1] / "DETReg_top30_in/checkpoint.pth"]
                 if "10pct" not in name:  # a world of 20 images has no 1 % for two processes
-                    added += ["--filter_pct", 10]
+                    added += ["--filter_pct", 0.1]
             flags = recipe_words(f"{name}.sh", *added, data_root=data_root)
             if processes == 1:
                 train(*flags)

@@ -30,6 +30,6 @@ def test_pre_training_on_cached_regions(toy, tmp_path):
 
 def test_fine_tuning_on_a_tenth(toy, tmp_path):
     done = run(["main.py", "--coco_path", toy / "coco", *SMALL_COCO, "--load_backbone", "none", "--epochs", "1",
-                "--filter_pct", "10", "--batch_size", "2", "--output_dir", tmp_path / "out"])
-    assert "train: 2 of 20 images, " in done.stdout and "(--filter_pct 10 --filter_seed 0)" in done.stdout
+                "--filter_pct", "0.1", "--batch_size", "2", "--output_dir", tmp_path / "out"])
+    assert "train: 2 of 20 images, " in done.stdout and "(--filter_pct 0.1 --filter_seed 42)" in done.stdout
     assert len(json.loads((tmp_path / "out/train_subset.json").read_text())["image_ids"]) == 2

@@ -157,7 +157,7 @@ def test_flags_of_regions_and_subsets():
     recipes.require_data(args)
     for name in ("coco", "voc"):
         args = resolved("--dataset_file", name)
-        assert (args.filter_pct, args.filter_num, args.filter_seed, args.shots_of) == (-1, -1, 0, "boxes")
+        assert (args.filter_pct, args.filter_num, args.filter_seed, args.shots_of) == (-1, -1, None, "boxes")
         assert resolved("--dataset_file", name, "--filter_pct", -1).filter_pct == -1
 
 
@@ -266,7 +266,7 @@ def test_every_flag_left_open_has_a_default_somewhere():
     itself = {"amp", "num_classes", "dataset_file", "coco_path", "coco_panoptic_path", "voc_path", "imagenet_path",
               "imagenet_val_path", "frozen_weights",
               "max_patch", "pretrain_sizes", "pretrain_max_size", "train_sizes", "crop_resize", "crop_size", "device",
-              "class_list", "cache_path", "filter_file", "shots", "class_split", "class_part", "local_rank",
+              "class_list", "cache_path", "filter_file", "filter_seed", "shots", "class_split", "class_part", "local_rank",
               "train_images", "train_annotations", "val_images", "val_annotations", "overfit", "model",
               "lr_drop_epochs", "dataset", "data_root", "save_every_steps"}
     recipe_flags = {name for recipe in recipes.RECIPES.values() for name in recipe}

@@ -178,7 +178,7 @@ class Plan:
         if row.pretext:
             start = ["--pretrain", self.path(f"seed{seed}/{name}/pretrain", "checkpoint.pth")]
             needs = (*needs, f"seed{seed}/{name}/pretrain")
-        labels = ["--filter_pct", str(percent), "--filter_seed", str(seed)] if percent < 100 else []
+        labels = ["--filter_pct", f"{percent / 100:g}", "--filter_seed", str(seed)] if percent < 100 else []
 
         def command(seconds: Mapping[str, float]) -> List[str]:
             count = epochs(seconds)
