@@ -44,7 +44,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     """Train over the loader once.
 
     Args:
-        max_norm: the gradient norm over all parameters is clipped to it; 0 for no clipping.
+        max_norm: the gradient norm over all parameters is clipped to it where it is above 0.
         accumulate_steps: batches whose averaged gradients make one optimizer step.
         amp_dtype: run the model under autocast in this type; matching and losses stay in float32.
         scaler: loss scaler for float16.
@@ -107,7 +107,7 @@ def _optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: 
                     max_norm: float) -> Tensor:
     """Clip the gradients, take a step and forget them; returns their norm before."""
     scaler.unscale_(optimizer)
-    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf)
     scaler.step(optimizer)  # whether float16 overflowed is asked for on the host if the optimizer isn't fused
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

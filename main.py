@@ -65,7 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--lr_drop_epochs", type=int, nargs="+", metavar="EPOCH",
                        help="numbers of epochs after which they do so, instead of --lr_drop")
     group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 instead of AdamW")
-    group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient norm to clip to; 0 for no clipping")
+    group.add_argument("--clip_max_norm", default=0.1, type=float, help="gradient norm to clip to; none is where it is 0 or less")
     group.add_argument("--accumulate_steps", default=1, type=int, help="batches per optimizer step")
     group.add_argument("--amp", choices=sorted(AMP_TYPES), help="mixed precision; matching and losses stay in float32")
     group.add_argument("--tf32", action="store_true", help="on a GPU, compute float32 products in TF32")

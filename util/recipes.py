@@ -7,6 +7,7 @@ import torch
 
 from util.errors import InputError
 from util.parallel import available_cpus
+from util.ranges import check_ranges
 
 Default = Union[Any, Callable[[argparse.Namespace], Any]]
 
@@ -103,9 +104,6 @@ MODEL_OF = {
         "with_box_refine", "two_stage", "num_feature_levels", "enc_n_points", "dec_n_points", "focal_alpha",
         "lr_linear_proj_names", "lr_linear_proj_mult")},
 }
-AT_LEAST_ONE = ("batch_size", "accumulate_steps", "eval_every", "lr_drop", "num_queries", "num_patches", "hidden_dim", "nheads",
-                "dec_layers", "patch_size", "overfit", "num_feature_levels", "enc_n_points", "dec_n_points", "max_prop",
-                "shots", "save_every", "save_every_steps", "dist_timeout", "pretrain_max_size")
 OF_EMBEDDINGS = ("obj_embedding_head", "object_embedding_coef", "load_embedding")  # that need --object_embedding_loss
 OF_MASKS = ("frozen_weights", "mask_loss_coef", "dice_loss_coef", "mask_softmax")  # flags that need --masks
 # Flags of which one at most can decide what is trained on, and flags that mean nothing without another.
@@ -188,16 +186,8 @@ def _check_belonging(args: argparse.Namespace) -> None:
 
 
 def _check_values(args: argparse.Namespace) -> None:
-    for name in AT_LEAST_ONE:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1")
-    if args.num_workers is not None and args.num_workers < 0:
-        raise InputError(f"--num_workers {args.num_workers} must be at least 0")
-    if args.hidden_dim % 4 or args.hidden_dim % args.nheads:
-        raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 4 and of --nheads {args.nheads}")
-    if args.model == "deformable_detr" and args.hidden_dim % 32:
-        raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 32 for --model deformable_detr")
+    check_ranges(args)
+    _check_relations(args)
     if args.position_embedding_scale is not None and args.position_embedding != "sine":
         raise InputError("--position_embedding_scale has no effect without --position_embedding sine")
     for name in OF_MASKS:
@@ -220,21 +210,35 @@ def _check_values(args: argparse.Namespace) -> None:
                          + ("--eval doesn't train" if args.eval else "that flag is missing"))
     if args.lr_drop_epochs and args.lr_drop is not None:
         raise InputError(f"--lr_drop {args.lr_drop} has no effect with --lr_drop_epochs")
-    if args.lr_drop_epochs and min(args.lr_drop_epochs) < 1:
-        raise InputError(f"--lr_drop_epochs {min(args.lr_drop_epochs)} must be at least 1")
     given = [name for name in CHOICES if getattr(args, name) not in (None, -1)]
     if len(given) > 1:
         raise InputError(f"--{given[1]} has no effect with --{given[0]}, which says what to train on")
     for name, others in NEEDS.items():
         if getattr(args, name) is not None and all(getattr(args, other) in (None, -1) for other in others):
             raise InputError(f"--{name} has no effect without --{' or --'.join(others)}")
-    if args.filter_seed is not None and not 0 <= args.filter_seed < 2**32:
-        raise InputError(f"--filter_seed {args.filter_seed} is not within 0 and {2**32 - 1}")
     if args.dataset_file == "regions" and (args.eval or args.overfit):
         raise InputError(f"--{'eval' if args.eval else 'overfit'} has no effect with --dataset_file regions: there is "
                          "nothing to evaluate on")
     if args.fre_cnn and args.lr_backbone:
         raise InputError(f"--lr_backbone {args.lr_backbone} would train the backbone that --fre_cnn freezes")
+
+
+def _check_relations(args: argparse.Namespace) -> None:
+    """Raise InputError for numbers that are in their ranges but don't suit each other."""
+    multiple = 4 if args.position_embedding == "sine" else 2  # both axes have half of it, in sines and cosines
+    if args.hidden_dim % multiple or args.hidden_dim % args.nheads:
+        raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of {multiple} and of --nheads {args.nheads}")
+    if args.model == "deformable_detr" and args.hidden_dim % 32:
+        raise InputError(f"--hidden_dim {args.hidden_dim} must be a multiple of 32 for --model deformable_detr")
+    if args.crop_size and not (len(args.crop_size) == 2 and args.crop_size[0] <= args.crop_size[1]):
+        raise InputError(f"--crop_size {' '.join(map(str, args.crop_size))} is not a smallest and a largest side")
+    if args.max_patch is not None and args.max_patch < (args.min_patch or 0):
+        raise InputError(f"--max_patch {args.max_patch} is less than --min_patch {args.min_patch}")
+    if args.start_epoch and args.epochs is not None and args.start_epoch > args.epochs:
+        raise InputError(f"--start_epoch {args.start_epoch} is after the last of --epochs {args.epochs}")
+    costs = ("set_cost_class", "set_cost_bbox", "set_cost_giou")
+    if all(getattr(args, name) == 0 for name in costs):
+        raise InputError(f"--{', --'.join(costs)} are all 0: nothing would tell which query is to find which object")
 
 
 def require_data(args: argparse.Namespace) -> None:

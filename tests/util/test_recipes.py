@@ -127,7 +127,7 @@ def test_a_flag_of_another_training_is_refused(dataset, flags, message):
      "--filter_num has no effect with --filter_pct, which says what to train on"),
     (("--filter_file", "x", "--shots", 5), "--shots has no effect with --filter_file, which says what to train on"),
     (("--filter_seed", 1), "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
-    (("--filter_seed", -1, "--shots", 1), "--filter_seed -1 is not within 0 and 4294967295"),
+    (("--filter_seed", -1, "--shots", 1), "--filter_seed -1 must be at least 0"),
     (("--filter_seed", 1, "--filter_pct", -1),
      "--filter_seed has no effect without --filter_pct or --filter_num or --shots"),
     (("--shots_of", "images"), "--shots_of has no effect without --shots"),
