@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
+import util.openmp  # noqa: F401  (before torch)
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -483,5 +485,5 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser("DETR training and evaluation", parents=[get_args_parser()]).parse_args()
-    run_program(lambda: main(arguments))
+    parser = argparse.ArgumentParser("DETR training and evaluation", parents=[get_args_parser()])
+    run_program(lambda: main(parser.parse_args()))

@@ -1,6 +1,7 @@
 """This project's detectors inside Detectron2: see README.md. `d2.detr` and train_net need it, the rest doesn't."""
 import importlib.util
 
+import util.openmp  # noqa: F401  (before torch)
 from util.errors import InputError
 
 

@@ -13,11 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-import torch
-from torch import Tensor
-
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, instead of this folder
+
+import util.openmp  # noqa: F401  (before torch)
+
+import torch
+from torch import Tensor
 
 from d2.defaults import DETR
 from datasets.coco import class_names, read_ground_truth

@@ -152,7 +152,11 @@ def get_args_parser() -> Any:
     return parser
 
 
+def start() -> None:
+    """Run `main` in as many processes as the flags say."""
+    args = get_args_parser().parse_args()
+    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+
+
 if __name__ == "__main__":
-    arguments = get_args_parser().parse_args()
-    run_program(lambda: launch(main, arguments.num_gpus, arguments.num_machines, arguments.machine_rank,
-                               arguments.dist_url, args=(arguments,)))
+    run_program(start)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import argparse
 
+import util.openmp  # noqa: F401  (before torch)
+
 import torch
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Subset

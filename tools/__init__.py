@@ -1,0 +1,2 @@
+"""Programs: `python -m tools.NAME`."""
+import util.openmp  # noqa: F401  (before torch)

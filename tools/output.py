@@ -69,9 +69,9 @@ def require_ending(path: str, formats: Sequence[str], flag: str) -> None:
 
 
 def write_json_lines(path: Path, entries: Sequence[Dict[str, Any]]) -> None:
-    """Write a JSON list with a line for each entry, UTF-8."""
+    """Write a JSON list with a line for each entry, UTF-8; what isn't text in file names becomes JSON's escapes."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8", errors="backslashreplace")
 
 
 def replace_json(path: Path, content: Any) -> None:

@@ -4,13 +4,14 @@ import contextlib
 import datetime
 import os
 import re
+import sys
 import time
 from typing import Any, Dict, Iterator, List, Mapping
 
 import torch
 import torch.distributed as dist
 
-from util.errors import InputError
+from util.errors import InputError, accept_all_characters
 
 GLOO_SETTLES_S = 0.1  # far more than its threads need to let go of a few tensors
 
@@ -41,8 +42,9 @@ def is_main_process() -> bool:
 
 
 def print_main(*values: Any) -> None:
-    """`print`, flushed, on the main process only."""
+    """`print`, flushed, on the main process only; characters that the output's encoding lacks are written as escapes."""
     if is_main_process():
+        accept_all_characters(sys.stdout)  # of callers outside our programs too
         print(*values, flush=True)
 
 

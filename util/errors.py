@@ -8,9 +8,10 @@ import sys
 import time
 import traceback
 from types import ModuleType
-from typing import Callable, Optional
+from typing import Any, Callable, Optional, Tuple
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+READER_LEFT = 141  # what shells report of a program that SIGPIPE ended
 # What torch says when a data-loading process is gone, at whatever line of the main process that comes to light.
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [\w ]+|exited unexpectedly)")
 
@@ -31,32 +32,35 @@ class Stopped(Exception):
 def run_program(program: Callable[[], None]) -> None:
     """Run a command line program: mistakes in its input end in one line and exit status 2, numbers that go wrong in one line
     and status 3, a data-loading process that died (of memory, as a rule) in one line and status 4, a stop that was asked for
-    in one line and status 75, of all processes together; anything else is a fault of ours and keeps its traceback (status 1).
+    in one line and status 75, of all processes together; when the reader of its output has left (`| head`), it ends without
+    a word and with status 141; anything else is a fault of ours and keeps its traceback (status 1).
 
-    Output reaches a file or a pipe line by line, as it does a terminal, so that a log can be followed.
+    Output reaches a file or a pipe line by line, as it does a terminal, so that a log can be followed; characters that its
+    encoding lacks are written as escapes. Flags are read within the program too: --help is output like any other.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
+    accept_all_characters(sys.stdout)
+    accept_all_characters(sys.stderr)
+    ended: Optional[BaseException] = None
     try:
         program()
+    except (Exception, SystemExit) as error:
+        ended = error
+    doubtful = isinstance(ended, OSError)  # perhaps what a `print` met
+    refusal = _refusal(sys.stdout, doubtful) or (_refusal(sys.stderr, doubtful) if doubtful else None)
+    if refusal:
+        line, status = refusal
+    elif ended is None:
         return
-    except InputError as error:
-        line, status = f"error: {error.sentence}", 2
-    except FloatingPointError as error:
-        line, status = f"error: {error}", 3
-    except Stopped as stop:
-        line, status = str(stop), STOPPED
-    except Exception as error:
-        try:
-            line, status = _of_dead_worker(error), 4
-        except RuntimeError as news:  # torch raises that a loading process died at whatever line is at its turn
-            line, status = _of_dead_worker(news), 4
-        if not line and not _has_company():
-            raise
-        if not line:
-            line, status = traceback.format_exc().rstrip(), 1
-    if line:
-        print(line, file=sys.stderr, flush=True)
+    elif isinstance(ended, SystemExit):
+        raise ended
+    else:
+        line, status = _outcome(ended)
+    with contextlib.suppress(OSError):  # the status still tells it
+        if line:
+            print(line, file=sys.stderr, flush=True)
+    _refusal(sys.stderr, doubtful=False)
     group = _process_group()
     if status == STOPPED and group:  # launchers end all processes once one has left: not before all have spoken
         with contextlib.suppress(RuntimeError):  # one that is gone already needn't be waited for
@@ -64,9 +68,49 @@ def run_program(program: Callable[[], None]) -> None:
     if _has_company():
         # Leaving in the usual way waits for loading processes, and for collectives that others won't take part in: a
         # process that failed could stay, and all others with it.
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def accept_all_characters(stream: Any) -> None:
+    """Let a text stream write as escapes (`\\u732b`) what its encoding lacks and what isn't text, as in some file names."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _outcome(error: Exception) -> Tuple[str, int]:
+    """The line and the exit status for an error; faults of ours are raised, where no other process would wait."""
+    if isinstance(error, InputError):
+        return f"error: {error.sentence}", 2
+    if isinstance(error, FloatingPointError):
+        return f"error: {error}", 3
+    if isinstance(error, Stopped):
+        return str(error), STOPPED
+    try:
+        line = _of_dead_worker(error)
+    except RuntimeError as news:  # torch raises that a loading process died at whatever line is at its turn
+        line = _of_dead_worker(news)
+    if line:
+        return line, 4
+    if not _has_company():
+        raise error
+    return "".join(traceback.format_exception(error)).rstrip(), 1
+
+
+def _refusal(stream: Any, doubtful: bool) -> Optional[Tuple[str, int]]:
+    """The line and the exit status if a stream doesn't take what is written to it; it is silenced then. A doubtful one is
+    tried with an empty line."""
+    try:
+        if stream is not None:
+            print(end="\n" if doubtful else "", file=stream, flush=True)
+        return None
+    except BrokenPipeError:
+        refusal = "", READER_LEFT
+    except OSError as error:
+        refusal = f"error: the output can't be written ({error})", 2
+    with contextlib.suppress(OSError):  # Python would try once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return refusal
 
 
 def _of_dead_worker(error: Exception) -> str:

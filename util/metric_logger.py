@@ -172,7 +172,7 @@ class MetricLogger:
                           f"time: {iter_time}", f"data: {data_time}"]
                 if torch.cuda.is_available():
                     fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2 ** 20:.0f}")
-                print(self.delimiter.join(field for field in fields if field), flush=True)
+                distributed.print_main(self.delimiter.join(field for field in fields if field))
             end = time.perf_counter()
         seconds = time.perf_counter() - start
         distributed.print_main(f"{header}Total time: {datetime.timedelta(seconds=int(seconds))} "

@@ -1,4 +1,6 @@
 """A mistake of the user ends a program in one line; a fault of ours keeps its traceback."""
+import io
+import os
 import select
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import textwrap
 import pytest
 import torch
 
+from util.distributed import print_main
 from util.errors import InputError, run_program
 
 
@@ -106,3 +109,57 @@ def test_a_worker_that_dies_while_it_is_read_from_is_one_line_too(root):
     result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     assert result.returncode == 4 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.startswith("error: data-loading process ") and "killed by signal: Killed" in result.stderr
+
+
+@pytest.mark.parametrize("encoding, written", [("cp1252", rb"\u732b"), ("utf-8", "猫".encode())])
+def test_characters_that_the_output_lacks_are_escaped(encoding, written, monkeypatch):
+    """A class named in Chinese, and a file name that isn't UTF-8: for our programs and for callers of our functions."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    run_program(lambda: print("猫 caf\udce9.jpg"))
+    assert sys.stdout.buffer.getvalue() == written + b" caf\\udce9.jpg\n"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    print_main("猫")
+    assert sys.stdout.buffer.getvalue() == written + b"\n"
+
+
+@pytest.mark.parametrize("program", ["print('line')", "sys.stdout.write('half a line')",
+                                     "print('line', file=sys.stderr)"])
+def test_a_reader_that_has_left_ends_a_program_quietly(root, program):
+    read, write = os.pipe()
+    os.close(read)
+    script = f"import sys; from util.errors import run_program; run_program(lambda: {program})"
+    streams = {"stderr": write, "stdout": subprocess.PIPE} if "stderr" in program else \
+        {"stdout": write, "stderr": subprocess.PIPE}
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, **streams)
+    os.close(write)
+    assert done.returncode == 141 and not (done.stdout or done.stderr).strip()
+
+
+def test_output_that_cannot_be_written_is_told(root):
+    script = "from util.errors import run_program; run_program(lambda: print('line'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], cwd=root, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the output can't be written (")
+    assert done.stderr.count("\n") == 1
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(root):
+    """Every program sets the policy before torch is there to read it; what is set already stays."""
+    programs = ["main", "run_with_submitit", "d2.converter", "datasets.toy", "tools.predict"]
+    script = textwrap.dedent("""
+        import os, sys
+        class Watch:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    print(os.environ.get("OMP_WAIT_POLICY"))
+                    os._exit(0)
+        sys.meta_path.insert(0, Watch())
+        __import__(sys.argv[1])
+        print("no torch")
+    """)
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for program in programs:
+        for given, kept in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+            done = subprocess.run([sys.executable, "-c", script, program], cwd=root, env={**inherited, **given},
+                                  capture_output=True, text=True)
+            assert done.stdout.strip() == kept, (program, done.stdout, done.stderr)
