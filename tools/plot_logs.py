@@ -8,7 +8,7 @@ from util.errors import InputError, run_program
 from util.plot_utils import Line, field_curves, known_fields, plot_logs, pyplot, read_log, run_labels
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
-DEFAULT_FIELDS = ("loss", "AP", "AP50", "maskAP", "PQ", "patch_iou")
+DEFAULT_FIELDS = ("loss", "AP", "AP50", "AP_per_class", "maskAP", "PQ", "patch_iou")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -19,7 +19,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="picture to write; its ending says the format (curves.png)")
     parser.add_argument("--fields", nargs="+",
                         help="what to draw: names in log.txt without train_ or test_, or AP, AP50, AP75, APs, APm, "
-                        "APl, AR100, …, maskAP, …, PQ, PQ_th, PQ_st "
+                        "APl, AR100, …, maskAP, …, PQ, PQ_th, PQ_st, AP_per_class, AP50_per_class, … "
                         f"(those of {', '.join(DEFAULT_FIELDS)} that the runs have)")
     parser.add_argument("--ewm_col", type=float, default=0, metavar="C",
                         help="smooth with an exponentially weighted average of centre of mass C epochs (0: don't)")

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 from util.checkpoint import load_checkpoint
 from util.errors import InputError
+from util.files import read_text
 
 PathLike = Union[str, os.PathLike]
 Point = Tuple[float, float]
@@ -21,6 +22,13 @@ PERCENT_FIELDS: Dict[str, Tuple[str, Union[int, str]]] = {
     **{f"mask{name}": ("test_coco_eval_masks", position) for name, position in COCO_FIELDS.items()},
     "PQ": ("test_PQ_all", "pq"), "PQ_th": ("test_PQ_th", "pq"), "PQ_st": ("test_PQ_st", "pq"),
 }
+# Fields with a curve for each class: the entry {name: [AP, AP50]} of a log's line, and the figure's place.
+PER_CLASS_FIELDS = {
+    "AP_per_class": ("test_coco_eval_bbox_per_class", 0), "AP50_per_class": ("test_coco_eval_bbox_per_class", 1),
+    "maskAP_per_class": ("test_coco_eval_masks_per_class", 0),
+    "maskAP50_per_class": ("test_coco_eval_masks_per_class", 1),
+}
+CLASS_STYLES = ("-", "--", "-.", ":")
 # Fields that are drawn together with another one, for comparison.
 COMPARED_WITH = {"patch_iou": "control_iou", "patch_iou50": "control_iou50"}
 # Up to so many points a curve has its points marked, so that a lone one can be seen.
@@ -28,6 +36,7 @@ MARKED_POINTS = 40
 PANEL_INCHES = (4.6, 3.4)
 PANELS_PER_ROW = 4
 LEGEND_ROW_INCHES = 0.24
+LEGEND_ROWS = 10
 
 
 class Curve(NamedTuple):
@@ -53,16 +62,16 @@ def pyplot() -> Any:
 
 
 def plot_logs(logs: Union[PathLike, Sequence[PathLike]],
-              fields: Sequence[str] = ("class_error", "loss_bbox_unscaled", "mAP"), ewm_col: float = 0,
+              fields: Union[str, Sequence[str]] = ("class_error", "loss_bbox_unscaled", "mAP"), ewm_col: float = 0,
               log_name: str = "log.txt") -> Any:
     """Draw learning curves of one or several runs over the epochs finished: a panel for each field, a colour for each
     run.
 
     Args:
         logs: folders of runs, or one of them.
-        fields: what to draw: a name in log.txt without its `train_` or `test_` (both are drawn), or one of
+        fields: what to draw, or one such name: a name in log.txt without its `train_` or `test_` (both are drawn), or one of
             `PERCENT_FIELDS`, of which "mAP" and "AP" (of masks "maskAP") are the average over IoU 0.5 … 0.95.
-            "patch_iou" comes with its control.
+            "patch_iou" comes with its control. "AP_per_class" and "AP50_per_class" have a curve for each class.
         ewm_col: centre of mass c of an exponentially weighted average, with weights (c / (1 + c)) ** age; 0 for none.
         log_name: name of the log in each folder.
 
@@ -70,18 +79,22 @@ def plot_logs(logs: Union[PathLike, Sequence[PathLike]],
         the matplotlib Figure. It belongs to pyplot, so that a notebook shows it by itself.
 
     Raises:
-        InputError: if a log is missing, empty or broken, no run has one of the fields, or `ewm_col` is negative.
+        InputError: if a log is missing, empty or broken, there are no fields, no run has one of them, or `ewm_col` is
+            negative or not finite.
     """
     folders = [Path(log) for log in ([logs] if isinstance(logs, (str, os.PathLike)) else logs)]
     if not folders:
         raise InputError("no runs to plot")
-    if not ewm_col >= 0:
+    fields = [fields] if isinstance(fields, str) else list(fields)
+    if not fields:
+        raise InputError("no fields to plot")
+    if not 0 <= ewm_col < math.inf:
         raise InputError(f"the smoothing must be at least 0, got {ewm_col}")
     runs = {label: read_log(folder, log_name) for label, folder in run_labels(folders).items()}
     for field in fields:
         if not any(field_curves(lines, field) for lines in runs.values()):
             raise InputError(f"no run has the field {field!r} in its {log_name}; "
-                             f"there are {', '.join(known_fields(runs))}")
+                             f"there are {', '.join(known_fields(runs)) or 'none'}")
     figure, axes = _panels(len(fields))
     for axis, field in zip(axes, fields):
         _draw_field(axis, runs, field, ewm_col)
@@ -90,28 +103,28 @@ def plot_logs(logs: Union[PathLike, Sequence[PathLike]],
 
 
 def read_log(folder: PathLike, log_name: str = "log.txt") -> List[Line]:
-    """The lines of a run's log, one dict an epoch.
+    """The lines of a run's log, one dict an epoch. A last line that was cut off, by a kill as a rule, is left out.
 
     Raises:
-        InputError: if the folder or the log is missing, empty, or has a line that is not a JSON object with an epoch.
+        InputError: if the folder or the log is missing, empty, or has another line that is not a JSON object with an
+            epoch.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not the folder of a run")
     path = os.path.join(folder, log_name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            texts = [text for text in file.read().splitlines() if text.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read as a log ({error})") from error
+    whole = read_text(path)
+    texts = [text for text in whole.split("\n") if text.strip()]
     if not texts:
         raise InputError(f"{path} is empty: no epoch has been finished yet")
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
+            if number == len(texts) > 1 and not whole.endswith("\n"):
+                break
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(line, dict) or not _is_number(line.get("epoch")):
+        if not isinstance(line, dict) or not _is_number(line.get("epoch")) or not math.isfinite(line["epoch"]):
             raise InputError(f"{path}, line {number}: not the figures of an epoch (a JSON object with 'epoch')")
         lines.append(line)
     return lines
@@ -133,13 +146,19 @@ def known_fields(runs: Dict[str, List[Line]]) -> List[str]:
     """All fields that `plot_logs` could draw for these runs."""
     names = {name: None for lines in runs.values() for line in lines for name in line}
     fields = {name.split("_", 1)[1]: None for name in names if name.startswith(("train_", "test_"))}
-    return [field for field in [*fields, *PERCENT_FIELDS] if any(field_curves(lines, field) for lines in runs.values())]
+    fields.update(dict.fromkeys([*PERCENT_FIELDS, *PER_CLASS_FIELDS]))
+    return [field for field in fields if any(field_curves(lines, field) for lines in runs.values())]
 
 
 def field_curves(lines: List[Line], field: str) -> List[Curve]:
     """The curves of a field that a run has: training and test, or the one of an evaluation's figure."""
     if field in PERCENT_FIELDS:
         curves = [Curve("test", "-", _percent_points(lines, *PERCENT_FIELDS[field]))]
+    elif field in PER_CLASS_FIELDS:
+        entry, place = PER_CLASS_FIELDS[field]
+        names = {name: None for line in lines if isinstance(line.get(entry), dict) for name in line[entry]}
+        curves = [Curve(name, CLASS_STYLES[number % len(CLASS_STYLES)], _class_points(lines, entry, name, place))
+                  for number, name in enumerate(names)]
     elif field in COMPARED_WITH:
         other = COMPARED_WITH[field]
         curves = [Curve(field, "-", _points(lines, f"test_{field}")),
@@ -159,10 +178,17 @@ def _percent_points(lines: List[Line], entry: str, place: Union[int, str]) -> Li
     for line in lines:
         figures = line.get(entry)
         figures = dict(enumerate(figures)) if isinstance(figures, list) else figures
+        value = figures.get(place) if isinstance(figures, dict) else None
         # pycocotools writes -1 where nothing could be measured, as for a size that no object has.
-        if isinstance(figures, dict) and figures.get(place, -1) >= 0:
-            points.append((line["epoch"] + 1, 100 * figures[place]))
+        if _is_number(value) and value >= 0:
+            points.append((line["epoch"] + 1, 100 * value))
     return points
+
+
+def _class_points(lines: List[Line], entry: str, name: str, place: int) -> List[Point]:
+    """Points of one class, of which the log has [AP, AP50] under its name."""
+    return _percent_points([{"epoch": line["epoch"], name: line[entry].get(name)} for line in lines
+                            if isinstance(line.get(entry), dict)], name, place)
 
 
 def _is_number(value: Any) -> bool:
@@ -194,23 +220,25 @@ def _draw_field(axis: Any, runs: Dict[str, List[Line]], field: str, ewm_col: flo
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    styles: Dict[str, str] = {}
+    named: Dict[str, Line2D] = {}
+    by_class = field in PER_CLASS_FIELDS and len(runs) == 1  # the colours aren't needed to tell runs apart
     for number, lines in enumerate(runs.values()):
-        for curve in field_curves(lines, field):
-            styles[curve.name] = curve.style
+        for place, curve in enumerate(field_curves(lines, field)):
+            colour = run_colour(place if by_class else number)
+            named[curve.name] = Line2D([], [], color=colour if by_class else "0.3", linestyle=curve.style)
             epochs, values = zip(*(smooth(curve.points, ewm_col) if ewm_col else curve.points))
-            axis.plot(epochs, values, curve.style, color=run_colour(number), linewidth=1.6, markersize=3.5,
+            axis.plot(epochs, values, curve.style, color=colour, linewidth=1.6, markersize=3.5,
                       marker="o" if len(epochs) <= MARKED_POINTS else "")
-    axis.set_title(f"{field} (%)" if field in PERCENT_FIELDS else field)
+    axis.set_title(f"{field} (%)" if field in (*PERCENT_FIELDS, *PER_CLASS_FIELDS) else field)
     epochs = [line["epoch"] + 1 for lines in runs.values() for line in lines]
     margin = max(0.03 * (max(epochs) - min(epochs)), 0.5)
     axis.set(xlabel="epochs finished", xlim=(min(epochs) - margin, max(epochs) + margin))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    if len(styles) > 1:
-        axis.legend([Line2D([], [], color="0.3", linestyle=style) for style in styles.values()], list(styles),
-                    frameon=False, fontsize="small")
+    if len(named) > 1 or by_class:
+        axis.legend(list(named.values()), list(named), frameon=False, fontsize="small",
+                    ncols=math.ceil(len(named) / LEGEND_ROWS))
 
 
 def run_colour(number: int) -> Any:

@@ -56,12 +56,12 @@ def test_wrong_input_is_told_in_a_sentence(finetuned: Path, tmp_path: Path, run_
         return run_main(plot_logs, words, status=2)
 
     assert refused(tmp_path / "none") == f"error: {tmp_path}/none is not the folder of a run\n"
-    assert f"{tmp_path}/a/log.txt can't be read as a log" in refused(tmp_path / "a")
+    assert f"{tmp_path}/a/log.txt" in refused(tmp_path / "a")
     assert "no run has the field 'speed' in its log.txt; there are loss, mAP" in refused(finetuned, "--fields", "speed")
     assert "the name must end in one of .png" in refused(finetuned, "--output", tmp_path / "curves.txt")
     assert "the smoothing must be at least 0, got -1.0" in refused(finetuned, "--ewm_col", -1)
     bare = write_run(tmp_path / "bare", [{"epoch": 0, "train_lr": 0.1}])
-    assert refused(bare) == ("error: the runs have none of loss, AP, AP50, maskAP, PQ, patch_iou; "
+    assert refused(bare) == ("error: the runs have none of loss, AP, AP50, AP_per_class, maskAP, PQ, patch_iou; "
                              "choose --fields among lr\n")
 
 

@@ -90,7 +90,7 @@ def test_smoothing_is_an_exponentially_weighted_average() -> None:
 
 @pytest.mark.parametrize("text, sentence", [
     ("", "log.txt is empty"), ("\n\n", "log.txt is empty"),
-    ('{"epoch": 0}\n{"epoch": 1, "train', "log.txt, line 2: not JSON"),
+    ('{"epoch": 0}\n{"epoch": 1, "train\n', "log.txt, line 2: not JSON"), ('{"epoch": 0', "line 1: not JSON"),
     ("[1, 2]\n", "line 1: not the figures of an epoch"),
     ('{"train_loss": 1}\n', "line 1: not the figures of an epoch")])
 def test_broken_logs_are_named(tmp_path: Path, text: str, sentence: str) -> None:
@@ -106,7 +106,7 @@ def test_missing_logs_and_fields_are_named(tmp_path: Path) -> None:
         plot_logs([])
     with pytest.raises(InputError, match=f"{tmp_path}/none is not the folder of a run"):
         plot_logs([tmp_path / "none"])
-    with pytest.raises(InputError, match=f"{tmp_path}/log.txt can't be read as a log"):
+    with pytest.raises(InputError, match=f"{tmp_path}/log.txt"):
         plot_logs([tmp_path])
     write_log(tmp_path, [{"epoch": 0, "train_loss": 1.0, "test_coco_eval_bbox": [0.5] + [-1.0] * 11}])
     with pytest.raises(InputError, match="no run has the field 'AP50' in its log.txt; there are loss, mAP, AP$"):
@@ -149,3 +149,26 @@ def test_precision_and_recall_average_over_classes_with_objects(tmp_path: Path) 
     torch.save({"precision": -torch.ones_like(precision), "scores": scores}, path)
     with pytest.raises(InputError, match="measured on data without objects"):
         plot_precision_recall(path)
+
+
+def test_what_notebooks_and_killed_runs_hold(tmp_path: Path) -> None:
+    """One field as a string, none, null for a number, a last line that a kill cut off."""
+    whole = json.dumps({"epoch": 0, "train_loss": 3.0, "test_coco_eval_bbox": [0.5, None] + [None] * 10}) + "\n"
+    (tmp_path / "log.txt").write_text(whole + whole[:20])
+    assert curves(plot_logs(tmp_path, "mAP"), 0) == {"-": [[1], [50]]}
+    with pytest.raises(InputError, match="no run has the field 'AP50'"):
+        plot_logs(tmp_path, "AP50")
+    with pytest.raises(InputError, match="no fields to plot"):
+        plot_logs(tmp_path, ())
+    with pytest.raises(InputError, match="the smoothing must be at least 0, got nan"):
+        plot_logs(tmp_path, "mAP", math.nan)
+
+
+def test_each_class_has_a_curve(tmp_path: Path) -> None:
+    """[AP, AP50] by name; a class without objects has -1 and no point."""
+    figures = [{"cat": [0.25, 0.5], "dog": [-1, -1]}, {"cat": [0.5, 0.75], "dog": [0.125, 0.25]}]
+    lines = [{"epoch": i, "test_coco_eval_bbox_per_class": figure} for i, figure in enumerate(figures)]
+    figure = plot_logs(write_log(tmp_path / "run", lines), ["AP_per_class", "AP50_per_class"])
+    assert curves(figure, 0) == {"-": [[1, 2], [25, 50]], "--": [[2], [12.5]]}
+    assert curves(figure, 1) == {"-": [[1, 2], [50, 75]], "--": [[2], [25]]}
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["cat", "dog"]
