@@ -25,8 +25,9 @@ from engine import evaluate, evaluate_patches, train_one_epoch
 from models import build_model
 from models.acceleration import compile_parts, set_precision
 from models.detreg import HEADS
+from models.from_checkpoint import model_flags
 from util import recipes
-from util.checkpoint import (counts_from_centre, load_checkpoint, load_model_strictly, load_pretrained, model_state,
+from util.checkpoint import (load_checkpoint, load_model_strictly, load_pretrained, model_state,
                              num_outputs, stored_flags)
 from util.distributed import (all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, print_main,
                               shutdown)
@@ -41,6 +42,11 @@ from util.signals import REACTIONS, SignalListener, shield_worker
 from util.summary import evaluation_summary, training_summary
 from util.training_state import TrainingState, append_log, find_resume, open_log
 
+# Flags that go on from a checkpoint where its training is continued; those of a model that --pretrain leaves behind; and
+# those that an evaluation may change.
+CONTINUED = ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "lr_drop", "lr_drop_epochs", "start_epoch")
+WHOLE_ALONE = ("masks", "mask_softmax", "feature_recon", "query_shuffle", "no_attention_mask")
+OPEN_IN_EVALUATION = ("dilation", "position_embedding_scale", "position_from_centre", "mask_softmax", "num_queries")
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,7 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                             "(reference_points sampling_offsets)")
     group.add_argument("--lr_linear_proj_mult", type=float, help="0.1")
     group.add_argument("--batch_size", type=int, help="images per process (2; DETReg pre-training: 4)")
-    group.add_argument("--weight_decay", default=1e-4, type=float)
+    group.add_argument("--weight_decay", type=float, help="1e-4")
     group.add_argument("--epochs", type=int, help="300; Deformable DETR: 50; pre-training: 60")
     group.add_argument("--lr_drop", type=int,
                        help="epochs after which all rates fall to a tenth (200; Deformable DETR and pre-training: 40)")
@@ -77,22 +83,22 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(recipes.MODELS), help="detr (DETReg pre-training: deformable_detr)")
-    group.add_argument("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
-    group.add_argument("--backbone_last_layer", default="layer4", choices=("layer3", "layer4"),
-                       help="layer3 cuts the ResNet there: stride 16, for small images")
+    group.add_argument("--backbone", help="resnet18, resnet34, resnet50 or resnet101 (resnet50)")
+    group.add_argument("--backbone_last_layer", choices=("layer3", "layer4"),
+                       help="(layer4) layer3 cuts the ResNet there: stride 16, for small images")
     group.add_argument("--load_backbone", help="supervised, swav, none, a file or a URL (supervised; pre-training: swav)")
-    group.add_argument("--dilation", action="store_true", help="dilate layer4 instead of striding it (DC5)")
-    group.add_argument("--position_embedding", default="sine", choices=("sine", "learned"))
+    group.add_argument("--dilation", action="store_true", default=None, help="dilate layer4 instead of striding it (DC5)")
+    group.add_argument("--position_embedding", choices=("sine", "learned"), help="(sine)")
     group.add_argument("--position_embedding_scale", type=float, help="range of sine's positions (2π)")
     group.add_argument("--position_from_centre", action="store_true", default=None,
                        help="DETR: sine's positions count to a pixel's centre, as in DETReg's DETR (as in the checkpoint "
                             "that the run starts from)")
-    group.add_argument("--enc_layers", default=6, type=int)
-    group.add_argument("--dec_layers", default=6, type=int)
+    group.add_argument("--enc_layers", type=int, help="6")
+    group.add_argument("--dec_layers", type=int, help="6")
     group.add_argument("--dim_feedforward", type=int, help="2048; Deformable DETR: 1024")
-    group.add_argument("--hidden_dim", default=256, type=int)
+    group.add_argument("--hidden_dim", type=int, help="256")
     group.add_argument("--dropout", default=0.1, type=float)
-    group.add_argument("--nheads", default=8, type=int)
+    group.add_argument("--nheads", type=int, help="8")
     group.add_argument("--num_queries", type=int, help="100; Deformable DETR: 300")
     group.add_argument("--pre_norm", action="store_true", default=None)
     group.add_argument("--num_classes", type=int, help="highest label + 1 (read from the annotations)")
@@ -204,7 +210,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--pretrain", default="", help="checkpoint (file or URL) whose weights to start from")
     group.add_argument("--reset_embedding_layer", default=1, type=int, choices=(0, 1),
                        help="0: with --pretrain, keep the class heads of a DETReg pre-training where they fit (1)")
-    group.add_argument("--start_epoch", default=0, type=int)
+    group.add_argument("--start_epoch", type=int, help="first epoch to train (0; with --resume the one after the checkpoint's)")
     group.add_argument("--eval", action="store_true", help="evaluate only")
     group.add_argument("--overfit", type=int, metavar="N",
                        help="prove a set-up: train and evaluate on the first N training images, without augmentation")
@@ -232,8 +238,21 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
             matching = [i for i, words in enumerate(keywords, 1) if any(word in name for word in words)]
             groups[matching[0] if matching else 0]["params"].append(parameter)
     if args.sgd:
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9,
+                                                           weight_decay=args.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer.given_flags = [_given_options(args, names) for names in (
+        ("lr",), ("lr_backbone",), ("lr_linear_proj_mult", "lr"))][:len(groups)]
+    return optimizer
+
+
+def _given_options(args: argparse.Namespace, rates: Tuple[str, ...]) -> Dict[str, str]:
+    """The options of an optimizer's group that flags were given for, which count more than a checkpoint's: as given."""
+    given = getattr(args, "given", {})
+    options = {"lr": [f"--{name} {given[name]:g}" for name in rates if name in given],
+               "weight_decay": [f"--weight_decay {given['weight_decay']:g}"] if "weight_decay" in given else []}
+    return {option: flags[0] for option, flags in options.items() if flags}
 
 
 def build_train_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
@@ -384,12 +403,44 @@ def agree_on_seed(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
         args.seed = stored_flags(checkpoint).get("seed", drawn) if args.resume else drawn
 
 
-def follow_positions(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
-    """Let a DETR count positions as the model does that it starts from, unless the flags say how."""
-    sine = args.model == "detr" and args.position_embedding == "sine"
-    if sine and args.position_from_centre is None and counts_from_centre(checkpoint):
-        args.position_from_centre = True
-        print_main(f"positions count to a pixel's centre, as in {args.resume or args.frozen_weights or args.pretrain}")
+def follow_checkpoint(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> None:
+    """Take what flags leave open from the checkpoint that the run starts from: the model's shape, and where a training
+    is continued its rates and their schedule.
+
+    Raises:
+        InputError: if a flag contradicts the model that `--resume` names.
+    """
+    flag = next((name for name in ("resume", "frozen_weights", "pretrain") if getattr(args, name)), None)
+    if flag is None:
+        return
+    where = f"--{flag} {getattr(args, flag)}"
+    told = model_flags(checkpoint, where, args.given.get("nheads"))
+    told.pop("num_classes", None)  # the annotations tell it
+    for name in WHOLE_ALONE if flag != "resume" else ():
+        told.pop(name, None)
+    stored = stored_flags(checkpoint)
+    if flag == "resume":
+        _refuse_contradictions(args, told, stored, where)
+        if not args.eval:
+            told.update({name: stored[name] for name in CONTINUED if stored.get(name) is not None})
+            if "lr_drop" in args.given or told.get("lr_drop_epochs") and "lr_drop_epochs" not in args.given:
+                told.pop("lr_drop_epochs" if "lr_drop" in args.given else "lr_drop", None)
+            if "lr_drop_epochs" in args.given:
+                told.pop("lr_drop", None)
+    recipes.follow(args, told)
+
+
+def _refuse_contradictions(args: argparse.Namespace, told: Dict[str, Any], stored: Dict[str, Any], where: str) -> None:
+    """Raise InputError if a flag of the model's shape says otherwise than the model to be continued or evaluated. In an
+    evaluation flags that no tensor shows may, and that is said."""
+    for name, value in {**told, "nheads": stored.get("nheads") or told.get("nheads")}.items():
+        given = args.given.get(name)
+        if given is None or value is None or given == value:
+            continue
+        if args.eval and name in OPEN_IN_EVALUATION:
+            print_main(f"--{name} {given} counts more than {value}, with which {where} was trained")
+        else:
+            raise InputError(f"--{name} {given} contradicts {where}, whose model has {value}")
 
 
 def describe_classes(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tuple[Dict[int, str], Dict[int, bool]]:
@@ -448,7 +499,7 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
     args.resume = find_resume(args)
     checkpoint = read_start(args)
     agree_on_seed(args, checkpoint)
-    follow_positions(args, checkpoint)
+    follow_checkpoint(args, checkpoint)
     class_names, things = describe_classes(args, checkpoint)
     print_main(recipes.describe(args))
     if args.overfit:

@@ -1,13 +1,13 @@
 """A model out of a checkpoint alone: its tensors tell the architecture, the flags stored beside them tell the rest."""
 import argparse
-from typing import Any, Dict, NamedTuple, Optional, Set
+from typing import Any, Dict, NamedTuple, Optional
 
 from torch import Tensor, nn
 
 from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES
 from main import get_args_parser
 from models import NUM_CLASSES, build_model, coco_is_thing_map
-from models.backbone import LAYERS
+from models.from_checkpoint import architecture
 from util import recipes
 from util.checkpoint import (counts_from_centre, describe_kind, detector_of, is_deformable, load_checkpoint,
                              load_model_strictly, model_state, stored_flags)
@@ -21,9 +21,6 @@ STORED_FLAGS = {
     PRETRAINED: ("nheads", "dilation", "position_embedding_scale", "num_patches", "patch_size", "min_patch", "max_patch",
                  "pretrain_sizes", "pretrain_max_size"),
 }
-# Number of residual blocks in layer1 … layer4, and whether they are bottlenecks (three convolutions).
-RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False),
-           "resnet50": ((3, 4, 6, 3), True), "resnet101": ((3, 4, 23, 3), True)}
 
 
 class Loaded(NamedTuple):
@@ -64,13 +61,13 @@ def load_model(location: str, kind: str, device: Optional[str] = None, **given: 
         args.val_size = max(stored.get("pretrain_sizes") or PRETRAIN_SIZES)
         args.max_size = stored.get("pretrain_max_size") or PRETRAIN_MAX_SIZE
     given = {name: value for name, value in given.items() if value is not None}
-    nheads = given.get("nheads", args.nheads)
-    for name, value in {**given, **architecture(state, location, nheads)}.items():
+    nheads = given.get("nheads", args.nheads) or recipes.COMMON["nheads"]
+    for name, value in {**given, **architecture(state, f"--checkpoint {location}", nheads)}.items():
         if value is not None:
             setattr(args, name, value)
     if args.masks and args.mask_softmax is None:
         args.mask_softmax = stored.get("mask_softmax")
-    if args.model is None and args.position_embedding == "sine" and counts_from_centre(checkpoint):
+    if args.model == "detr" and args.position_embedding == "sine" and counts_from_centre(checkpoint):
         args.position_from_centre = True
     recipes.resolve(args)
     model = build_model(args)[0]
@@ -95,73 +92,6 @@ def _require_kind(state: Dict[str, Tensor], kind: str, location: str) -> None:
     if not pretrained and kind == PRETRAINED:
         raise InputError(f"{holds}, which can't be shown patches to find: use python -m tools.predict, "
                          "or give the checkpoint of a pre-training (main.py --imagenet_path)")
-
-
-def architecture(state: Dict[str, Tensor], location: str, nheads: int = 8) -> Dict[str, Any]:
-    """The flags that the tensors of a DETR, with or without masks, UP-DETR or Deformable DETR tell, if it has so many heads.
-
-    Raises:
-        InputError: if its backbone is no ResNet that can be built, or the heads don't fit.
-    """
-    if is_deformable(state):
-        return _deformable_architecture(state, location, nheads)
-    whole, state = state, detector_of(state)
-    num_queries, hidden_dim = state["query_embed.weight"].shape
-    told: Dict[str, Any] = {
-        "num_queries": num_queries, "hidden_dim": hidden_dim,
-        "dim_feedforward": len(state["transformer.decoder.layers.0.linear1.weight"]),
-        "enc_layers": len(_next_parts(state, "transformer.encoder.layers.")),
-        "dec_layers": len(_next_parts(state, "transformer.decoder.layers.")),
-        "pre_norm": "transformer.encoder.norm.weight" in state,
-        "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
-        **_backbone(state, location),
-    }
-    if "patch2query.weight" in state:
-        told["feature_recon"] = "feature_align.layers.0.weight" in state
-    else:
-        told["num_classes"] = len(state["class_embed.weight"]) - 1
-    if "mask_head.lay1.weight" in whole:
-        # The head's first convolution sees the projected map and an attention map for each head.
-        told.update(masks=True, nheads=len(whole["mask_head.lay1.weight"]) - hidden_dim)
-    return told
-
-
-def _deformable_architecture(state: Dict[str, Tensor], location: str, nheads: int) -> Dict[str, Any]:
-    num_levels, hidden_dim = state["transformer.level_embed"].shape
-    enc_layers, dec_layers = (len(_next_parts(state, f"transformer.{part}.layers.")) for part in ("encoder", "decoder"))
-    points = {}
-    for flag, name in (("enc_n_points", "encoder.layers.0.self_attn"), ("dec_n_points", "decoder.layers.0.cross_attn")):
-        num_weights = len(state[f"transformer.{name}.attention_weights.weight"])
-        points[flag], rest = divmod(num_weights, nheads * num_levels)
-        if rest:
-            raise InputError(f"--checkpoint {location} samples {num_weights} points of {num_levels} feature levels, which "
-                             f"{nheads} attention heads can't share; give --nheads")
-    told = {
-        "model": "deformable_detr", "num_feature_levels": num_levels, "hidden_dim": hidden_dim, "enc_layers": enc_layers,
-        "dec_layers": dec_layers, "dim_feedforward": len(state["transformer.decoder.layers.0.linear1.weight"]), **points,
-        "two_stage": "transformer.enc_output.weight" in state,
-        "with_box_refine": bool(_next_parts(state, "transformer.decoder.bbox_embed.")),
-        "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
-        "num_classes": len(state["class_embed.0.weight"]), **_backbone(state, location),
-    }
-    if "query_embed.weight" in state:
-        told["num_queries"] = len(state["query_embed.weight"])
-    return told
-
-
-def _backbone(state: Dict[str, Tensor], location: str) -> Dict[str, str]:
-    blocks = tuple(len(_next_parts(state, f"backbone.0.body.{layer}.")) for layer in LAYERS)
-    bottleneck = "backbone.0.body.layer1.0.conv3.weight" in state
-    for name, (whole, has_bottleneck) in RESNETS.items():
-        if bottleneck == has_bottleneck and blocks in (whole, (*whole[:3], 0)):
-            return {"backbone": name, "backbone_last_layer": "layer4" if blocks[3] else "layer3"}
-    raise InputError(f"--checkpoint {location}: its backbone, with {', '.join(map(str, blocks))} residual blocks, "
-                     f"is none of {', '.join(RESNETS)}")
-
-
-def _next_parts(state: Dict[str, Tensor], prefix: str) -> Set[str]:
-    """What follows the prefix, up to the next dot, in the names that begin with it."""
-    return {name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)}
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str,

@@ -16,6 +16,11 @@ def _position_scale(args: argparse.Namespace) -> Optional[float]:
     return 2 * math.pi if args.position_embedding == "sine" else None
 
 
+# Defaults that all trainings share. They aren't the parser's, so that a flag that is given can be told from one that isn't.
+COMMON: Dict[str, Default] = {
+    "weight_decay": 1e-4, "start_epoch": 0, "backbone": "resnet50", "backbone_last_layer": "layer4", "dilation": False,
+    "position_embedding": "sine", "enc_layers": 6, "dec_layers": 6, "hidden_dim": 256, "nheads": 8,
+}
 _LABELLED: Dict[str, Default] = {
     "batch_size": 2, "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333,
     "remove_difficult": False, "group_by_aspect": False,
@@ -47,7 +52,7 @@ _REGIONS: Dict[str, Default] = {
 # By --model and --dataset_file: the defaults of flags that were not given. A function computes its value from the other
 # flags. Values: the published programs of DETR, UP-DETR, Deformable DETR and DETReg; no-match weight M/N: UP-DETR,
 # sec. 4.1.
-RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
+_OF_TRAINING: Dict[Tuple[str, str], Dict[str, Default]] = {
     ("detr", "coco"): {**_DETR_LABELLED, **_SUBSETS},
     ("detr", "coco_panoptic"): _DETR_LABELLED,
     ("detr", "voc"): {**_DETR_LABELLED, **_SUBSETS},
@@ -64,6 +69,7 @@ RECIPES: Dict[Tuple[str, str], Dict[str, Default]] = {
     ("detr", "regions"): {**_DETR, **_REGIONS, "epochs": 60, "eos_coef": 0.1, "position_from_centre": True},
     ("deformable_detr", "regions"): {**_DEFORMABLE, **_REGIONS, "epochs": 50},
 }
+RECIPES = {training: {**COMMON, **defaults} for training, defaults in _OF_TRAINING.items()}
 MODELS = {"detr": "DETR", "deformable_detr": "Deformable DETR"}
 DATASETS = {"coco": "COCO-format data", "coco_panoptic": "COCO-format panoptic data", "voc": "Pascal VOC",
             "imagenet": "images without labels", "regions": "regions of images without labels"}
@@ -75,6 +81,8 @@ LAYOUT = {
     "voc": ("voc", "voc_path", "pascal/VOCdevkit"),
 }
 TITLES = {"imagenet": "UP-DETR pre-training", "regions": "DETReg pre-training of {model}"}
+
+BOOKKEEPING = ("resolved", "given")  # attributes of args that `resolve` adds and that are no flags
 
 # Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
 FLAGS_OF = {
@@ -124,15 +132,31 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         InputError: if flags contradict each other or don't belong to this training.
     """
-    if not getattr(args, "resolved", False):
-        _follow_layout(args)
+    if getattr(args, "resolved", False):
+        return args
+    _follow_layout(args)
+    args.given = {name: value for name, value in vars(args).items() if value is not None}
+    return _settle(args)
+
+
+def follow(args: argparse.Namespace, told: Dict[str, Any]) -> None:
+    """Resolve flags anew where a checkpoint has told some of them: those that were given count more than these, and these
+    more than defaults. Told flags that don't belong to the training are left out."""
+    names = {"model", *told, *(name for recipe in RECIPES.values() for name in recipe)}
+    model = args.given.get("model") or told.get("model") or args.model
+    for name in names:
+        belongs = args.dataset_file in FLAGS_OF.get(name, DATASETS) and MODEL_OF.get(name, model) == model
+        setattr(args, name, args.given.get(name, told.get(name) if belongs else None))
+    _settle(args)
+
+
+def _settle(args: argparse.Namespace) -> argparse.Namespace:
     if args.dataset_file is None:
         args.dataset_file = _dataset_of_path(args)
     if args.model is None:
-        args.model = "deformable_detr" if args.dataset_file == "regions" else "detr"
-    if not getattr(args, "resolved", False):
-        _check_belonging(args)
-        _check_values(args)
+        args.model = "deformable_detr" if args.dataset_file == "regions" or _starts_from_deformable(args) else "detr"
+    _check_belonging(args)
+    _check_values(args)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -146,8 +170,16 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
             setattr(args, name, default(args) if callable(default) else default)
             if name == "num_workers":
                 args.num_workers = min(args.num_workers, available_cpus())
+    _check_relations(args)
     args.resolved = True
     return args
+
+
+def _starts_from_deformable(args: argparse.Namespace) -> bool:
+    """Guess, before the checkpoint is read that will tell it, that it is a Deformable DETR's: a flag of these is given."""
+    start = args.resume or args.pretrain
+    return bool(start) and any(model == "deformable_detr" and getattr(args, name) is not None
+                               for name, model in MODEL_OF.items())
 
 
 def _follow_layout(args: argparse.Namespace) -> None:
@@ -187,8 +219,7 @@ def _check_belonging(args: argparse.Namespace) -> None:
 
 def _check_values(args: argparse.Namespace) -> None:
     check_ranges(args)
-    _check_relations(args)
-    if args.position_embedding_scale is not None and args.position_embedding != "sine":
+    if args.position_embedding_scale is not None and args.position_embedding == "learned":
         raise InputError("--position_embedding_scale has no effect without --position_embedding sine")
     for name in OF_MASKS:
         if getattr(args, name) is not None and not args.masks:
@@ -198,7 +229,7 @@ def _check_values(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} has no effect without --object_embedding_loss")
     if not args.reset_embedding_layer and not args.pretrain:
         raise InputError("--reset_embedding_layer 0 has no effect without --pretrain, whose class heads it keeps")
-    if args.position_from_centre and args.position_embedding != "sine":
+    if args.position_from_centre and args.position_embedding == "learned":
         raise InputError("--position_from_centre has no effect without --position_embedding sine")
     if args.frozen_weights and args.pretrain:
         raise InputError(f"--pretrain {args.pretrain} has no effect with --frozen_weights, which fills the detector")
@@ -253,7 +284,7 @@ def require_data(args: argparse.Namespace) -> None:
 
 def describe(args: argparse.Namespace) -> str:
     """The training's name and all flags with their resolved values, for the start of the log."""
-    flags = "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if name != "resolved")
+    flags = "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if name not in BOOKKEEPING)
     training = TITLES.get(args.dataset_file, "{model} on {data}").format(model=MODELS[args.model],
                                                                         data=DATASETS[args.dataset_file])
     return f"{training}\n{flags}"

@@ -30,6 +30,13 @@ class DropAfterEpochs(LRScheduler):
         factor = 0.1 if self.last_epoch in self.drop_epochs else 1.0
         return [group["lr"] * factor for group in self.optimizer.param_groups]
 
+    def set_epoch(self, epoch: int) -> None:
+        """Go on after another number of epochs, at the rates of that time."""
+        self.last_epoch = epoch
+        factor = 0.1 ** sum(drop <= epoch for drop in self.drop_epochs)
+        for group, rate in zip(self.optimizer.param_groups, self.base_lrs):
+            group["lr"] = rate * factor
+
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Go on from a state, this one's or a StepLR's, whatever epochs it names."""
         super().load_state_dict({**state_dict, "drop_epochs": self.drop_epochs})

@@ -10,10 +10,11 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 from torch import nn
 
-from util.checkpoint import load_model_strictly, random_state, set_random_state
+from util.checkpoint import load_model_strictly, random_state, set_random_state, stored_flags
 from util.distributed import all_gather, get_rank, get_world_size, is_main_process, print_main
 from util.errors import InputError
 from util.metric_logger import merge_states
+from util.recipes import BOOKKEEPING
 from util.saving import Saver, newest_checkpoint, on_main
 from util.schedule import DropAfterEpochs
 
@@ -81,11 +82,18 @@ class TrainingState:
         """Continue where a checkpoint stopped; official weight files, which hold a model alone, start at epoch 0.
 
         The rates drop after the epochs that the flags name from now on, even if the checkpoint was trained with others.
+        Rates and weight decay that were given as flags (`main.build_optimizer` notes which) count more than the
+        checkpoint's, and so does an epoch to start at that is not the one which the checkpoint's training began with.
+
+        Raises:
+            InputError: if the checkpoint doesn't fit the model or the optimizer.
         """
         load_model_strictly(self.model, checkpoint, location)
         if not {"optimizer", "lr_scheduler", "epoch"} <= set(checkpoint):
             print_main(f"resume: {location} holds weights only; training starts at epoch {self.epoch}")
             return
+        self._require_same_optimizer(checkpoint, location)
+        given = [dict(group) for group in self.optimizer.param_groups]
         for group in checkpoint["optimizer"]["param_groups"]:  # how a step is computed is no matter of the checkpoint's
             group.update({name: self.optimizer.defaults[name] for name in ("fused", "foreach")})
         try:
@@ -94,18 +102,49 @@ class TrainingState:
             raise InputError(f"--resume {location}: its optimizer state doesn't fit the flags ({error}); "
                              "does --lr_backbone or --frozen_weights freeze other layers now?") from error
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        self._keep_given_rates(given)
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch = checkpoint["epoch"] + 1
+        start, self.epoch = self.epoch, checkpoint["epoch"] + 1
         self.best = checkpoint.get("best")
         states = checkpoint.get("random_states", [])
         if get_rank() < len(states):
             set_random_state(states[get_rank()])
         if checkpoint.get("so_far"):
             self.so_far = EpochSoFar(**{**checkpoint["so_far"], "meters": _meters_of(checkpoint["so_far"]["meters"])})
+        if start != (stored_flags(checkpoint).get("start_epoch") or 0):
+            print_main(f"resume: --start_epoch {start} counts more than the checkpoint's epoch {self.epoch}")
+            self.epoch, self.so_far = start, EpochSoFar()
+            self.lr_scheduler.set_epoch(start)
         self.source = {"checkpoint": location, "epoch": checkpoint["epoch"], "step": self.so_far.step}
         place = f" after step {self.so_far.step - 1}" if self.so_far.step else ""
         print_main(f"resume: {location}, continuing with epoch {self.epoch}{place}")
+
+
+    def _require_same_optimizer(self, checkpoint: Dict[str, Any], location: str) -> None:
+        now = "betas" not in self.optimizer.param_groups[0]
+        groups = checkpoint["optimizer"]["param_groups"]
+        if groups and ("betas" not in groups[0]) != now:
+            was, flag = ("AdamW", "without --sgd") if now else ("SGD", "with --sgd")
+            raise InputError(f"--resume {location} was trained by {was}, whose state another optimizer can't use: go on "
+                             f"{flag}, or start a new training from its weights by --pretrain")
+
+    def _keep_given_rates(self, before: List[Dict[str, Any]]) -> None:
+        """Put back the rates and weight decays that were given as flags, fallen as far as the checkpoint's, and tell of
+        those that differ from the checkpoint's; `before` has the optimizer's groups before the loading."""
+        lines = []
+        for flags, own, group in zip(getattr(self.optimizer, "given_flags", []), before, self.optimizer.param_groups):
+            if "weight_decay" in flags and group["weight_decay"] != own["weight_decay"]:
+                lines.append(f"{flags['weight_decay']} counts more than the checkpoint's {group['weight_decay']:g}")
+                group["weight_decay"] = own["weight_decay"]
+            begun = group.get("initial_lr", group["lr"])
+            if "lr" in flags and begun != own["initial_lr"]:
+                lines.append(f"{flags['lr']} counts more than the checkpoint's {begun:g}")
+                group["lr"] = own["initial_lr"] * (group["lr"] / begun if begun else 1.0)
+                group["initial_lr"] = own["initial_lr"]
+        self.lr_scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        if lines:
+            print_main("resume: " + "; ".join(dict.fromkeys(lines)))
 
 
 def _meters_of(states: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -117,7 +156,7 @@ def _meters_of(states: List[Dict[str, Any]]) -> Dict[str, Any]:
 
 def plain_args(args: argparse.Namespace) -> Dict[str, Any]:
     """Flags as plain types, for a file."""
-    return {name: _plain(value) for name, value in vars(args).items()}
+    return {name: _plain(value) for name, value in vars(args).items() if name not in BOOKKEEPING}
 
 
 def _plain(value: Any) -> Any:

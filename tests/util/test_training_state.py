@@ -180,3 +180,52 @@ def test_a_log_that_cannot_be_written(tmp_path):
     for write in (lambda folder: open_log(folder, 0), lambda folder: append_log(folder, {"epoch": 0})):
         with pytest.raises(InputError, match=r"^could not write .*/file/log.txt \((File exists|Not a directory)\)$"):
             write(str(tmp_path / "file"))
+
+
+def resumed(first, later, epoch=4):
+    """The state of flags `later` after resuming a checkpoint of flags `first`, and what was trained with."""
+    import main
+    from models import build_model
+    from util.schedule import build_scheduler
+
+    def state(flags):
+        args = main.get_args_parser().parse_args([
+            *"--device cpu --backbone resnet18 --load_backbone none --enc_layers 1 --dec_layers 1 --hidden_dim 32 --num_classes 3 "
+            "--dim_feedforward 32 --num_queries 5 --epochs 9 --lr_drop 3".split(), *map(str, flags)])
+        model = build_model(args)[0]
+        optimizer = main.build_optimizer(model, args)
+        return TrainingState(model, optimizer, build_scheduler(optimizer, args),
+                             torch.amp.GradScaler("cpu", enabled=False), epoch=args.start_epoch)
+    before = state(first)
+    for _ in range(epoch):
+        before.lr_scheduler.step()
+    checkpoint = {"model": before.model.state_dict(), "optimizer": before.optimizer.state_dict(),
+                  "lr_scheduler": before.lr_scheduler.state_dict(), "epoch": epoch - 1}
+    after = state(later)
+    after.resume(checkpoint, "a.pth")
+    return after
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_given_rates_count_more_than_the_checkpoints(capsys):
+    after = resumed((), ("--lr", 1e-6, "--weight_decay", 0.5))
+    assert [group["lr"] for group in after.optimizer.param_groups] == pytest.approx([1e-7, 1e-6])  # one drop is past
+    assert [group["weight_decay"] for group in after.optimizer.param_groups] == [0.5, 0.5]
+    assert "resume: --weight_decay 0.5 counts more than the checkpoint's 0.0001; --lr 1e-06 counts more than the " \
+        "checkpoint's 0.0001\n" in capsys.readouterr().out
+    after = resumed(("--lr", 1e-6), ("--lr", 1e-6))
+    assert "counts more" not in capsys.readouterr().out
+    assert resumed(("--lr", 1e-6), ()).optimizer.param_groups[0]["lr"] == pytest.approx(1e-7)  # none is given
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_a_given_first_epoch_counts_more_than_the_checkpoints():
+    after = resumed((), ("--start_epoch", 2))
+    assert after.epoch == 2 and after.optimizer.param_groups[0]["lr"] == 1e-4
+    assert resumed((), ()).epoch == 4
+
+
+def test_another_optimizer_is_refused():
+    for first, later, words in (((), ("--sgd",), "AdamW, .* without --sgd"), (("--sgd",), (), "SGD, .* with --sgd")):
+        with pytest.raises(InputError, match=f"^--resume a.pth was trained by {words}"):
+            resumed(first, later, epoch=0)
