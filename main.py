@@ -199,6 +199,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--max_size", type=int, help="largest long side (1333)")
     group.add_argument("--group_by_aspect", action="store_true", default=None,
                        help="train on batches of portraits, of square images or of landscapes alone: less is padded")
+    group.add_argument("--apply_exif", action="store_true", default=None,
+                       help="turn images as their EXIF orientation says; boxes are then those of the images as shown")
     group.add_argument("--num_workers", type=int, help="loading processes (2; pre-training: 16; at most one per CPU)")
 
     group = parser.add_argument_group("run")

@@ -12,12 +12,13 @@ import numpy as np
 from pycocotools import mask as mask_codec
 from torch import Tensor
 
-from datasets.image_io import UnreadableImage, read_image
+from datasets.image_io import Decoded, UnreadableImage, decode
 from util.errors import InputError
+from util.files import shown
 
 __all__ = [
     "KINDS", "Fault", "Problem", "box_faults", "class_names", "decode_segmentation", "draw_segmentation",
-    "encode_segmentation", "ground_truth_problems", "header_problems", "image_entry_problems", "is_box", "is_count",
+    "encode_segmentation", "ground_truth_problems", "header_problems", "image_doubts", "image_entry_problems", "is_box", "is_count",
     "leaves_folder", "mask_box_fault", "object_faults", "raise_first", "read_labelled_image", "segmentation_rle",
 ]
 
@@ -29,6 +30,8 @@ KINDS = {
     "file_name": "two images with one file",
     "image_file": "an image that is missing or cannot be decoded",
     "image_size": "an image file of another size than annotated",
+    "image_range": "a 16- or 32-bit image whose numbers don't go with the range of their type",
+    "image_orientation": "an image file with an EXIF orientation that is not applied",
     "image_small": "an image too small to pre-train on",
     "category_entry": "a category whose id or name another one has",
     "annotation_entry": "an annotation without a usable id, or of an unknown image",
@@ -44,6 +47,7 @@ KINDS = {
     "segmentation": "a mask that is missing, empty or cannot be drawn",
     "mask_box": "a mask and a box that don't match",
     "stray_pixels": "pixels of a panoptic picture that belong to no segment",
+    "no_objects": "a part of the set without a single object to learn from or to evaluate on",
     "num_queries": "an image with more objects than the model has queries",
 }
 
@@ -96,14 +100,20 @@ class Problem:
     @property
     def sentence(self) -> str:
         """The whole sentence, on one line whatever the names in it hold."""
-        sentence = f"{self.where} {self.fault}".rstrip().replace("\n", " ")
+        sentence = printable(f"{self.where} {self.fault}".rstrip())
         return sentence if len(sentence) <= _LONGEST_SENTENCE else sentence[:_LONGEST_SENTENCE] + "…"
 
 
 def class_names(ground_truth: dict) -> dict[int, str]:
     """Returns the class name of each category id (the id itself where there is no name), by ascending id."""
-    names = {category["id"]: str(category.get("name", category["id"])) for category in ground_truth["categories"]}
+    names = {category["id"]: printable(str(category.get("name", category["id"])))
+             for category in ground_truth["categories"]}
     return dict(sorted(names.items()))
+
+
+def printable(text: str) -> str:
+    """Returns a text on one line, with what can't be encoded (lone surrogates) escaped."""
+    return text if text.isprintable() else " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
 
 
 def raise_first(problems: Iterable[Problem]) -> list[Problem]:
@@ -139,7 +149,7 @@ def ground_truth_problems(
             continue
         where, image_id = f"annotation id {annotation['id']} of {source}", annotation.get("image_id")
         if not is_count(image_id) or image_id not in images:
-            yield Problem("annotation_entry", where, f"belongs to image id {image_id}, which is not in the file",
+            yield Problem("annotation_entry", where, f"belongs to image id {image_id!r}, which is not in the file",
                           annotation=position)
             continue
         image = images[image_id]
@@ -149,7 +159,8 @@ def ground_truth_problems(
         seen.add(annotation["id"])
         for fault in object_faults(annotation, image, categories, num_classes):
             yield Problem.of(fault, where, annotation=position)
-        if need_masks and not isinstance(annotation.get("segmentation"), (list, dict)):
+        segmentation = annotation.get("segmentation")
+        if need_masks and not (isinstance(segmentation, (list, dict)) and segmentation):
             yield Problem("segmentation", where, "has no segmentation, which --masks needs", annotation=position)
 
 
@@ -188,7 +199,8 @@ def image_entry_problems(images: list, source: str | os.PathLike) -> tuple[dict[
             problems.append(Problem("image_entry", where, f"has the file_name {image['file_name']!r}, which leads out "
                                     "of the image folder", image=position))
         elif not all(_is_number(side) and side >= 1 and side == int(side) for side in sides):
-            problems.append(Problem("image_entry", where, f"has the size {image.get('width')}x{image.get('height')}, "
+            problems.append(Problem("image_entry", where, f"has the size "
+                                    f"{image.get('width')!r}x{image.get('height')!r}, "
                                     "not two positive whole numbers", image=position))
         elif image["id"] in by_id:
             problems.append(Problem("image_id", where, "is not the only image with this id", image=position))
@@ -234,16 +246,16 @@ def object_faults(entry: dict, image: dict, categories: set[int], num_classes: i
     """
     category, box = entry.get("category_id"), entry.get("bbox")
     if not is_count(category) or category not in categories:
-        yield Fault("category", f"has category_id {category}, which is not among the categories of the file")
+        yield Fault("category", f"has category_id {category!r}, which is not among the categories of the file")
     elif category >= num_classes:
         yield Fault("num_classes",
                     f"has category_id {category}, but the model has {num_classes} classes (--num_classes)")
     yield from box_faults(box, image.get("width"), image.get("height"))
     if "area" in entry and not _is_number(entry["area"]):
         area = {"area": box[2] * box[3]} if is_box(box) else None
-        yield Fault("area", f"has the area {entry['area']}, not a finite number", cure=area)
+        yield Fault("area", f"has the area {entry['area']!r}, not a finite number", cure=area)
     if entry.get("iscrowd", 0) not in (0, 1):
-        yield Fault("iscrowd", f"has iscrowd {entry['iscrowd']}, neither 0 nor 1")
+        yield Fault("iscrowd", f"has iscrowd {entry['iscrowd']!r}, neither 0 nor 1")
 
 
 def box_faults(box: object, width: float | None, height: float | None) -> Iterator[Fault]:
@@ -278,8 +290,8 @@ def is_box(box: object) -> bool:
 
 
 def read_labelled_image(
-    folder: Path, entry: dict, source: str | os.PathLike, position: int | None = None
-) -> tuple[Tensor | None, Problem | None]:
+    folder: Path, entry: dict, source: str | os.PathLike, position: int | None = None, apply_exif: bool = False
+) -> tuple[Decoded | None, Problem | None]:
     """Decodes the image of an entry and compares its size with the one annotated.
 
     Args:
@@ -287,21 +299,36 @@ def read_labelled_image(
         entry: image entry of a COCO or panoptic file; without `width` and `height` any size is right.
         source: that file, for the sentences.
         position: place of the entry in the file.
+        apply_exif: turn the image as its EXIF orientation says.
 
     Returns:
-        The image, uint8 [3, H, W], and None; or None and what is wrong.
+        The image, and None; or None and what is wrong.
     """
     path = folder / entry["file_name"]
     try:
-        image, size = read_image(path)
+        decoded = decode(path, apply_exif=apply_exif)
     except UnreadableImage as error:
         return None, Problem("image_file", str(error), f"(image id {entry['id']} of {source})", image=position)
+    size = decoded.size
     annotated = (entry.get("height", size[0]), entry.get("width", size[1]))
     if annotated != size:
+        reason = ""
+        if annotated == size[::-1] and (apply_exif or decoded.orientation != 1):
+            reason = ("; the file is shown as its EXIF orientation says (--apply_exif)" if apply_exif else
+                      f"; the file has the EXIF orientation {decoded.orientation}, which --apply_exif would apply")
         return None, Problem(
-            "image_size", f"image file {path}", f"is {size[1]}x{size[0]} pixels, but image id {entry['id']} of "
-            f"{source} says {annotated[1]}x{annotated[0]}", image=position)
-    return image, None
+            "image_size", f"image file {shown(path)}", f"is {size[1]}x{size[0]} pixels, but image id {entry['id']} of "
+            f"{source} says {annotated[1]}x{annotated[0]}{reason}", image=position)
+    return decoded, None
+
+
+def image_doubts(decoded: Decoded) -> Iterator[Fault]:
+    """Finds what makes a decoded image doubtful."""
+    if decoded.orientation != 1:
+        yield Fault("image_orientation", f"has the EXIF orientation {decoded.orientation}, which is not applied: its "
+                    "boxes should be those of the pixels as stored (else --apply_exif)", fatal=False)
+    if decoded.doubt:
+        yield Fault("image_range", decoded.doubt, fatal=False)
 
 
 def draw_segmentation(
@@ -345,22 +372,38 @@ def segmentation_rle(segmentation: list | dict, height: int, width: int) -> dict
             and pycocotools raise other exceptions for what isn't a segmentation at all.
     """
     if isinstance(segmentation, dict):
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"it is made for {segmentation['size'][1]}x{segmentation['size'][0]}")
-        counts = segmentation["counts"]
-        counts = counts if isinstance(counts, list) else _run_lengths(counts)
-        if not all(map(is_count, counts)):
-            raise ValueError("its run lengths are not whole numbers from 0 up")
-        if sum(counts) != height * width:
-            raise ValueError(f"its run lengths make {sum(counts)} pixels")
-        return mask_codec.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-    if not polygons:
-        return mask_codec.encode(np.zeros((height, width), dtype=np.uint8, order="F"))
-    for value in (value for polygon in polygons for value in polygon):
+        return _run_length_mask(segmentation, height, width)
+    if not isinstance(segmentation, list) or not all(isinstance(part, (list, dict)) for part in segmentation):
+        raise ValueError(f"it is {str(segmentation)[:50]!r}, neither run lengths nor a list of polygons, each a list "
+                         "x, y, x, y, …")
+    if segmentation and all(isinstance(part, dict) for part in segmentation):
+        return mask_codec.merge([_run_length_mask(part, height, width) for part in segmentation])
+    for value in (value for part in segmentation for value in part):
         if not _is_number(value) or abs(value) > _LARGEST_COORDINATE:  # pycocotools would crash the process
-            raise ValueError(f"it has the coordinate {value}")
+            raise ValueError(f"it has the coordinate {value!r}, not a number of pixels")
+    polygons = [part for part in segmentation if len(part) >= 6]  # two points beside them enclose nothing
+    if not polygons:
+        raise ValueError(f"it is {str(segmentation)[:50]!r}, without a polygon of three points")
     return mask_codec.merge(mask_codec.frPyObjects(polygons, height, width))
+
+
+def _run_length_mask(segmentation: dict, height: int, width: int) -> dict:
+    """Returns run lengths, compressed or not, as checked compressed ones."""
+    for name in ("size", "counts"):
+        if name not in segmentation:
+            raise ValueError(f"it has no {name!r}")
+    size, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        made_for = "x".join(map(repr, size[::-1])) if isinstance(size, (list, tuple)) else repr(size)
+        raise ValueError(f"it is made for {made_for}")
+    if not isinstance(counts, (list, str, bytes)):
+        raise ValueError(f"its run lengths are {counts!r}")
+    counts = counts if isinstance(counts, list) else _run_lengths(counts)
+    if not all(_is_number(count) and count >= 0 and count == int(count) for count in counts):
+        raise ValueError("its run lengths are not whole numbers from 0 up")
+    if sum(counts) != height * width:
+        raise ValueError(f"its run lengths make {sum(counts)} pixels")
+    return mask_codec.frPyObjects({"size": [height, width], "counts": list(map(int, counts))}, height, width)
 
 
 def _run_lengths(text: str | bytes) -> list[int]:

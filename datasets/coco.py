@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,13 +17,14 @@ from torch.utils.data import Dataset
 
 from datasets import transforms as T
 from datasets.checks import (Problem, class_names, draw_segmentation, encode_segmentation, ground_truth_problems,
-                             is_count, raise_first, read_labelled_image)
-from datasets.image_io import UnreadableImage, read_sizes
+                             image_doubts, is_count, raise_first, read_labelled_image)
+from datasets.image_io import UnreadableImage, read_sizes, warn_once
 from datasets.packed import pack_records
 from datasets.subsets import restriction
 from datasets.usable_images import UsableImages
 from util.distributed import print_main
 from util.errors import InputError
+from util.files import open_regular, read_json, shown
 
 __all__ = [
     "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "forget_files", "image_folder",
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 TRAIN_SIZES = tuple(range(480, 801, 32))
+MOST_CLASSES = 100_000  # that are read from annotations; larger ids are numbers of other things
 _SIZE_FLAGS = ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")
 _CROP_RESIZES = (400, 500, 600)
 _CROP_SIZES = (384, 600)
@@ -60,7 +61,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     training = image_set == "train" and augment
     dataset = CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
-                            num_classes=num_classes, restrict=restriction(image_set, args), training=training)
+                            num_classes=num_classes, restrict=restriction(image_set, args), training=training,
+                            apply_exif=bool(getattr(args, "apply_exif", False)))
     if training:
         forget_files()
     return dataset
@@ -196,6 +198,7 @@ class DetectionDataset(Dataset):
         seed: seed of the run.
         remove_difficult: leave annotations marked `difficult` out of the targets.
         training: whether this is for training or for evaluation.
+        apply_exif: turn images as their EXIF orientation says; the annotations are those of the turned images.
         coco: an empty `COCO` object to fill with the ground truth; None for an ordinary one.
 
     Attributes:
@@ -215,6 +218,7 @@ class DetectionDataset(Dataset):
         seed: int = 0,
         remove_difficult: bool = False,
         training: bool = False,
+        apply_exif: bool = False,
         coco: COCO | None = None,
     ) -> None:
         self.img_folder = Path(img_folder)
@@ -224,6 +228,7 @@ class DetectionDataset(Dataset):
         self.seed = seed
         self.remove_difficult = remove_difficult
         self.training = training
+        self.apply_exif = apply_exif
         self._empty_coco = coco
         self._rest = {name: value for name, value in ground_truth.items() if name not in ("images", "annotations")}
         self._images = pack_records(ground_truth["images"])
@@ -232,6 +237,8 @@ class DetectionDataset(Dataset):
                                          for annotation in ground_truth["annotations"])
         self.ids = sorted(image["id"] for image in ground_truth["images"])
         self._lay_out(ground_truth)
+        if training:
+            self._require_objects(ground_truth)
         if not training:
             self.coco = index_ground_truth(ground_truth, coco)
         self._usable = UsableImages(len(self.ids), str(source), self._name)
@@ -278,7 +285,7 @@ class DetectionDataset(Dataset):
         entries = [self._entry(index) for index in range(len(self))]
         if all({"height", "width"} <= set(entry) for entry in entries):
             return torch.tensor([(entry["height"], entry["width"]) for entry in entries], dtype=torch.int64).view(-1, 2)
-        return read_sizes(self.img_folder / entry["file_name"] for entry in entries)
+        return read_sizes((self.img_folder / entry["file_name"] for entry in entries), self.apply_exif)
 
     def shown_sizes(self) -> Tensor | None:
         """Returns the (height, width) of each sample, int64 [len(self), 2]; None where that is random or not known."""
@@ -311,10 +318,13 @@ class DetectionDataset(Dataset):
         return self.transforms(image, target, T.sample_rng(self.seed, int(self._epoch), index))
 
     def _read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        image, problem = read_labelled_image(self.img_folder, self._entry(index), self.source)
+        entry = self._entry(index)
+        decoded, problem = read_labelled_image(self.img_folder, entry, self.source, apply_exif=self.apply_exif)
         if problem:
             raise InputError(problem.sentence)
-        return image, self._target(index, *image.shape[-2:])
+        for fault in image_doubts(decoded):
+            warn_once(fault.kind, f"image file {shown(self.img_folder / entry['file_name'])} {fault.text}")
+        return decoded.image, self._target(index, *decoded.size)
 
     def _show(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         try:
@@ -357,6 +367,17 @@ class DetectionDataset(Dataset):
             "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
         }
 
+    def _require_objects(self, ground_truth: dict) -> None:
+        """Raises InputError if no target of a training would hold an object."""
+        boxes = self._objects["boxes"]
+        if not ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] > 0)).all(1).any():
+            annotations = ground_truth["annotations"]
+            crowds = sum(bool(annotation["iscrowd"]) for annotation in annotations)
+            difficult = sum(bool(annotation.get("difficult")) for annotation in annotations)
+            left_out = f"{crowds} crowds" + (f", {difficult} difficult ones" if self.remove_difficult else "")
+            raise InputError(f"{self.source} has no object to learn from: of {len(annotations)} objects in "
+                             f"{len(self.ids)} images {left_out} are left out, and boxes without area")
+
     def _is_target(self, annotation: dict) -> bool:
         return not annotation["iscrowd"] and not (self.remove_difficult and annotation.get("difficult"))
 
@@ -381,6 +402,9 @@ class DetectionDataset(Dataset):
             drawn, problem = draw_segmentation(annotation, self.source, height, width)
             if problem:
                 raise InputError(problem.sentence)
+            if not drawn.any():
+                warn_once("segmentation", f"annotation id {annotation['id']} of {self.source} has the box "
+                          f"{annotation['bbox']}, but a segmentation that covers no pixel")
             mask[:] = drawn
         return torch.from_numpy(masks)
 
@@ -397,6 +421,7 @@ class CocoDetection(DetectionDataset):
         num_classes: number of classes of the model; None for the highest category id + 1.
         restrict: makes of the checked COCO dict the one to use, see `datasets.subsets`; None uses it all.
         training: whether this is for training or for evaluation.
+        apply_exif: turn images as their EXIF orientation says.
 
     Raises:
         InputError: the folder is missing, or the JSON is missing, broken, or wrong in a way `check_ground_truth` finds.
@@ -413,6 +438,7 @@ class CocoDetection(DetectionDataset):
         num_classes: int | None = None,
         restrict: Callable[[dict], dict] | None = None,
         training: bool = False,
+        apply_exif: bool = False,
     ) -> None:
         if not Path(img_folder).is_dir():
             raise InputError(f"image folder {img_folder} does not exist")
@@ -421,7 +447,7 @@ class CocoDetection(DetectionDataset):
         check_ground_truth(ground_truth, ann_file, num_classes, need_masks=return_masks)
         ground_truth = restrict(ground_truth) if restrict else ground_truth
         super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed, training=training,
-                         coco=_Instances(ann_file))
+                         apply_exif=apply_exif, coco=_Instances(ann_file))
 
 
 def read_ground_truth(ann_file: str | os.PathLike) -> dict:
@@ -442,9 +468,8 @@ def forget_files() -> None:
 
 def _version(path: Path) -> tuple[Path, int, int]:
     """A file with what tells its versions apart."""
-    if not path.is_file():
-        raise InputError(f"annotation file {path} does not exist")
-    status = path.stat()
+    with open_regular(path, "annotation file") as file:
+        status = os.fstat(file.fileno())
     return path, status.st_mtime_ns, status.st_size
 
 
@@ -458,17 +483,30 @@ def _read_categories(path: Path, modified: int, size: int, keep: bool) -> tuple[
 @functools.lru_cache(maxsize=3)
 def _read_json(path: Path, modified: int, size: int) -> dict:
     """Reads one version of a file; `modified` and `size` only tell versions apart."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"annotation file {path} is not valid JSON ({error})") from error
+    content = read_json(path, "annotation file")
     for name in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise InputError(f'annotation file {path} is not in COCO format: it has no list "{name}"')
+    _make_whole(content["categories"], "id", "isthing")
+    _make_whole(content["images"], "id", "width", "height")
+    _make_whole(content["annotations"], "id", "image_id", "category_id", "iscrowd")
+    for annotation in content["annotations"]:
+        if isinstance(annotation, dict) and isinstance(annotation.get("segments_info"), list):
+            _make_whole(annotation["segments_info"], "id", "category_id", "iscrowd", "area")
     for category in content["categories"]:
         if not isinstance(category, dict) or not is_count(category.get("id")):
-            raise InputError(f"annotation file {path} has a category without an id >= 0: {category}")
+            raise InputError(f"annotation file {path} has a category without an id >= 0: {category!r}")
     return content
+
+
+def _make_whole(entries: list, *fields: str) -> None:
+    """Turns whole numbers that were written as floats (80.0) into integers, in place."""
+    for entry in entries:
+        if isinstance(entry, dict):
+            for name in fields:
+                value = entry.get(name)
+                if type(value) is float and value.is_integer():
+                    entry[name] = int(value)
 
 
 def num_classes_of(ground_truth: dict, source: str | os.PathLike, num_classes: int | None = None) -> int:
@@ -481,7 +519,11 @@ def num_classes_of(ground_truth: dict, source: str | os.PathLike, num_classes: i
         return num_classes
     if not ground_truth["categories"]:
         raise InputError(f"annotation file {source} has no categories, so --num_classes must be given")
-    return max(category["id"] for category in ground_truth["categories"]) + 1
+    largest = max(category["id"] for category in ground_truth["categories"])
+    if largest >= MOST_CLASSES:
+        raise InputError(f"annotation file {source} has the category id {largest}, which would need a model of as many "
+                         f"classes, more than {MOST_CLASSES}: number the categories anew")
+    return largest + 1
 
 
 def check_ground_truth(

@@ -46,7 +46,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     training = image_set == "train" and augment
     dataset = CocoPanoptic(image_folder(image_set, args), ann_folder, ann_file, transforms,
-                           getattr(args, "masks", False), seed=args.seed, num_classes=num_classes, training=training)
+                           getattr(args, "masks", False), seed=args.seed, num_classes=num_classes, training=training,
+                           apply_exif=bool(getattr(args, "apply_exif", False)))
     if training:
         forget_files()
     if image_set == "val" and args.coco_path and not getattr(args, "val_annotations", None):
@@ -86,6 +87,7 @@ class CocoPanoptic(DetectionDataset):
         seed: seed of the run.
         num_classes: number of classes of the model; None for the highest category id + 1.
         training: whether this is for training or for evaluation.
+        apply_exif: turn images, not the PNGs, as their EXIF orientation says.
 
     Attributes:
         coco: the segments as a COCO ground truth, numbered anew from 1, each with its `segment_id`; their masks are
@@ -110,6 +112,7 @@ class CocoPanoptic(DetectionDataset):
         seed: int = 0,
         num_classes: int | None = None,
         training: bool = False,
+        apply_exif: bool = False,
     ) -> None:
         if not Path(img_folder).is_dir():
             raise InputError(f"image folder {img_folder} does not exist")
@@ -121,7 +124,7 @@ class CocoPanoptic(DetectionDataset):
         self.coco_panoptic_json, self.coco_panoptic_folder = Path(ann_file), Path(ann_folder)
         self.instances: COCO | None = None
         super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
-                         training=training, coco=_Segments(Path(ann_folder), ann_file))
+                         training=training, apply_exif=apply_exif, coco=_Segments(Path(ann_folder), ann_file))
 
     def _masks(self, index: int, height: int, width: int) -> Tensor:
         """Reads the masks of a sample's objects, bool [n, height, width]."""

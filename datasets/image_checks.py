@@ -5,11 +5,13 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.checks import Problem, box_faults, draw_segmentation, mask_box_fault, read_labelled_image
-from datasets.image_io import UnreadableImage, read_image
+from datasets.checks import (Problem, box_faults, draw_segmentation, image_doubts, mask_box_fault,
+                             read_labelled_image)
+from datasets.image_io import Decoded, UnreadableImage, decode
 from datasets.panoptic import read_segment_ids, segment_problems
 from datasets.pretext import MIN_IMAGE_SIDE
 from datasets.usable_images import UNREADABLE_SHARE
+from util.files import shown
 
 __all__ = ["ImageCheck", "InstancesCheck", "PanopticCheck"]
 
@@ -22,14 +24,15 @@ class ImageCheck(NamedTuple):
     def run(self) -> list[Problem]:
         """Decodes the image; returns what is wrong."""
         try:
-            _, size = read_image(self.path)
+            decoded = decode(self.path)
         except UnreadableImage as error:
             return [Problem("image_file", str(error), "(pre-training passes over such images, up to "
                             f"{UNREADABLE_SHARE:.0%} of all)", fatal=False)]
+        size, where = decoded.size, f"image file {shown(self.path)}"
         if min(size) < MIN_IMAGE_SIDE:
-            return [Problem("image_small", f"image file {self.path}", f"has only {size[1]}x{size[0]} pixels "
+            return [Problem("image_small", where, f"has only {size[1]}x{size[0]} pixels "
                             "(pre-training passes over it)", fatal=False)]
-        return []
+        return [Problem.of(fault, where) for fault in image_doubts(decoded) if fault.kind == "image_range"]
 
 
 class InstancesCheck(NamedTuple):
@@ -42,6 +45,7 @@ class InstancesCheck(NamedTuple):
         entry: the image entry.
         annotations: the image's annotations with their places in the file.
         masks: whether masks are trained.
+        apply_exif: whether images are turned as their EXIF orientation says.
     """
 
     folder: Path
@@ -50,14 +54,16 @@ class InstancesCheck(NamedTuple):
     entry: dict
     annotations: list[tuple[int, dict]]
     masks: bool
+    apply_exif: bool = False
 
     def run(self) -> list[Problem]:
         """Decodes the image and draws the masks; returns what is wrong."""
-        image, problem = read_labelled_image(self.folder, self.entry, self.source, self.position)
+        decoded, problem = read_labelled_image(self.folder, self.entry, self.source, self.position, self.apply_exif)
         if problem:
             return [problem]
-        height, width = image.shape[-2:]
-        return [problem for position, annotation in self.annotations
+        height, width = decoded.size
+        doubts = _doubts(decoded, self.folder, self.entry, self.source, self.position)
+        return doubts + [problem for position, annotation in self.annotations
                 for problem in self._check_annotation(position, annotation, height, width)]
 
     def _check_annotation(self, position: int, annotation: dict, height: int, width: int) -> list[Problem]:
@@ -89,6 +95,7 @@ class PanopticCheck(NamedTuple):
         entry: the image entry.
         annotation_position: the annotation's place in the file.
         annotation: the image's annotation.
+        apply_exif: whether images are turned as their EXIF orientation says.
     """
 
     folder: Path
@@ -98,13 +105,21 @@ class PanopticCheck(NamedTuple):
     entry: dict
     annotation_position: int
     annotation: dict
+    apply_exif: bool = False
 
     def run(self) -> list[Problem]:
         """Decodes the image and the PNG; returns what is wrong."""
-        image, image_problem = read_labelled_image(self.folder, self.entry, self.source, self.position)
+        decoded, image_problem = read_labelled_image(self.folder, self.entry, self.source, self.position,
+                                                     self.apply_exif)
         path = self.ann_folder / self.annotation["file_name"]
-        ids, ids_problem = read_segment_ids(path, None if image is None else tuple(image.shape[-2:]),
+        ids, ids_problem = read_segment_ids(path, None if decoded is None else decoded.size,
                                             f"image id {self.entry['id']} of {self.source}", self.annotation_position)
         if image_problem or ids_problem:
             return [problem for problem in (image_problem, ids_problem) if problem]
-        return list(segment_problems(ids, self.annotation, self.source, path, self.annotation_position))
+        return (_doubts(decoded, self.folder, self.entry, self.source, self.position)
+                + list(segment_problems(ids, self.annotation, self.source, path, self.annotation_position)))
+
+
+def _doubts(decoded: Decoded, folder: Path, entry: dict, source: Path, position: int) -> list[Problem]:
+    where = f"image file {shown(folder / entry['file_name'])} (image id {entry['id']} of {source})"
+    return [Problem.of(fault, where, image=position) for fault in image_doubts(decoded)]

@@ -25,6 +25,7 @@ from datasets.patches import PatchAugmentation, augment_patches, cut_patches
 from datasets.usable_images import UsableImages
 from util.box_ops import box_xyxy_to_cxcywh
 from util.errors import InputError
+from util.files import read_text
 
 __all__ = ["PRETRAIN_MAX_SIZE", "PRETRAIN_SIZES", "PatchPretext", "Pretext", "PretextDataset", "RandomPatches", "View",
            "build", "check_sizes", "choose_files", "is_held_out", "list_images", "num_classes_and_names", "open_image"]
@@ -155,10 +156,7 @@ def keep_classes(files: Sequence[str], class_list: str | os.PathLike, root: str 
     Raises:
         InputError: the file is missing, or it is empty, or it names a folder without images.
     """
-    try:
-        lines = [line.split() for line in Path(class_list).read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--class_list {class_list} can't be read ({error})") from error
+    lines = [line.split() for line in read_text(class_list, "--class_list").splitlines()]
     names = {words[0] for words in lines if words and not words[0].startswith("#")}
     if not names:
         raise InputError(f"--class_list {class_list} names no classes")

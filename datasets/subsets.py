@@ -16,6 +16,7 @@ import numpy as np
 from datasets.checks import class_names
 from util.distributed import is_main_process, print_main
 from util.errors import InputError
+from util.files import read_json
 
 __all__ = ["SUBSET_FILE", "Chosen", "choose_images", "choose_shots", "keep_chosen", "keep_classes", "restriction"]
 
@@ -226,10 +227,7 @@ def _write_choice(chosen: Chosen, made_by: dict, args: argparse.Namespace) -> No
 
 
 def _read_json(flag: str, path: str) -> object:
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{flag} {path} can't be read ({error})") from error
+    return read_json(path, flag)
 
 
 def _image_ids(ground_truth: dict) -> list[int]:

@@ -119,12 +119,13 @@ def _survey_instances(found: Survey, content: dict, source: Path, files: Files, 
     for position, annotation in enumerate(content["annotations"]):
         if isinstance(annotation, dict) and is_count(annotation.get("id")) and is_count(annotation.get("image_id")):
             of_image.get(annotation["image_id"], []).append((position, annotation))
-    found.checks = [InstancesCheck(files.images, source, position, entry, of_image[image_id], args.masks)
+    found.checks = [InstancesCheck(files.images, source, position, entry, of_image[image_id], args.masks,
+                                   bool(getattr(args, "apply_exif", False)))
                     for image_id, (position, entry) in images.items()]
     useless = {problem.annotation for problem in found.problems if problem.fatal or problem.kind in _LEFT_OUT}
     objects = {image_id: [annotation for position, annotation in annotations if position not in useless]
                for image_id, annotations in of_image.items()}
-    _count_objects(found, content, images, objects, source, args.num_queries)
+    _count_objects(found, content, images, objects, source, args)
 
 
 def _survey_panoptic(found: Survey, part: str, files: Files, args: argparse.Namespace) -> None:
@@ -140,12 +141,13 @@ def _survey_panoptic(found: Survey, part: str, files: Files, args: argparse.Name
     for position, annotation in enumerate(content["annotations"]):
         if position not in broken:
             image_id = annotation["image_id"]
-            checks.append(PanopticCheck(files.images, files.segments, source, *images[image_id], position, annotation))
+            checks.append(PanopticCheck(files.images, files.segments, source, *images[image_id], position, annotation,
+                                        bool(getattr(args, "apply_exif", False))))
             objects[image_id] = [segment for number, segment in enumerate(annotation["segments_info"])
                                  if (position, number) not in useless]
     found.checks = checks
     annotated = {image_id: image for image_id, image in images.items() if image_id in objects}
-    _count_objects(found, content, annotated, objects, source, args.num_queries)
+    _count_objects(found, content, annotated, objects, source, args)
 
 
 def _survey_voc(found: Survey, part: str, files: Files, args: argparse.Namespace) -> None:
@@ -170,7 +172,7 @@ def _usable_images(found: Survey, content: dict) -> dict[int, tuple[int, dict]]:
 
 
 def _count_objects(found: Survey, content: dict, images: dict[int, tuple[int, dict]], objects: dict[int, list[dict]],
-                   source: Path, num_queries: int) -> None:
+                   source: Path, args: argparse.Namespace) -> None:
     """Counts the objects of each class and image, and compares them with the number of queries."""
     names = coco.class_names(content)
     counts: Counter = Counter()
@@ -181,9 +183,13 @@ def _count_objects(found: Survey, content: dict, images: dict[int, tuple[int, di
         found.crowds += len(mine) - len(targets)
         counts.update(names[item["category_id"]] for item in targets)
         found.objects.append(len(targets))
-        if len(targets) > num_queries:
+        if len(targets) > args.num_queries:
             found.problems.append(Problem(
                 "num_queries", f"image id {image_id} ({entry['file_name']}) of {source}",
-                f"has {len(targets)} objects, but the model has {num_queries} queries (--num_queries)", fatal=False,
+                f"has {len(targets)} objects, but the model has {args.num_queries} queries (--num_queries)", fatal=False,
                 image=position))
     found.classes = {name: counts[name] for name in names.values()}
+    if not any(found.objects) and not any(problem.fatal for problem in found.problems):
+        found.problems.append(Problem("no_objects", str(source), f"has no object to learn from or to evaluate on: of "
+                                      f"{sum(map(len, objects.values()))} usable objects in {len(images)} images "
+                                      f"{found.crowds} are crowds", fatal=not args.eval))

@@ -61,7 +61,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Vo
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return VocDetection(devkit(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,
                         remove_difficult=bool(args.remove_difficult) and image_set == "train",
-                        restrict=restriction(image_set, args), training=image_set == "train" and augment)
+                        restrict=restriction(image_set, args), training=image_set == "train" and augment,
+                        apply_exif=bool(getattr(args, "apply_exif", False)))
 
 
 def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]]:
@@ -95,6 +96,7 @@ class VocDetection(DetectionDataset):
         remove_difficult: leave difficult objects out of the targets.
         restrict: makes of the checked COCO dict the one to use, see `datasets.subsets`; None uses it all.
         training: whether this is for training or for evaluation.
+        apply_exif: turn images as their EXIF orientation says.
 
     Raises:
         InputError: names the file that is missing or wrong.
@@ -112,6 +114,7 @@ class VocDetection(DetectionDataset):
         remove_difficult: bool = False,
         restrict: Callable[[dict], dict] | None = None,
         training: bool = False,
+        apply_exif: bool = False,
     ) -> None:
         root = Path(root)
         pictures = _read_pictures(root, image_set)
@@ -120,7 +123,7 @@ class VocDetection(DetectionDataset):
         check_ground_truth(ground_truth, root, num_classes or max(names) + 1)
         ground_truth = restrict(ground_truth) if restrict else ground_truth
         super().__init__(root, ground_truth, root, transforms, seed=seed, remove_difficult=remove_difficult,
-                         training=training)
+                         training=training, apply_exif=apply_exif)
 
 
 def as_coco(pictures: Iterable[Picture], names: dict[int, str]) -> dict:

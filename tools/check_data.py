@@ -28,10 +28,10 @@ from util.recipes import RECIPES
 _OWN_FILES = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations", "clean")
 # By --dataset_file: the flags that have an effect; one of the first tells the data set if it isn't given.
 FLAGS_OF = {
-    "coco_panoptic": ("coco_panoptic_path", "num_classes", "num_queries", *_OWN_FILES),
-    "voc": ("voc_path", "num_classes", "num_queries"),
+    "coco_panoptic": ("coco_panoptic_path", "num_classes", "num_queries", "apply_exif", *_OWN_FILES),
+    "voc": ("voc_path", "num_classes", "num_queries", "apply_exif"),
     "imagenet": ("imagenet_path", "imagenet_val_path"),
-    "coco": ("coco_path", "num_classes", "num_queries", "masks", *_OWN_FILES),
+    "coco": ("coco_path", "num_classes", "num_queries", "masks", "apply_exif", *_OWN_FILES),
 }
 PARTS = ("train", "val")
 NUM_QUERIES = RECIPES["detr", "coco"]["num_queries"]
@@ -61,6 +61,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                         f"({NUM_QUERIES})")
     parser.add_argument("--masks", action="store_true", default=None,
                         help="masks will be trained: each object needs one")
+    parser.add_argument("--apply_exif", action="store_true", default=None,
+                        help="images will be turned as their EXIF orientation says")
     parser.add_argument("--ignore", nargs="+", default=[], choices=[kind for kind in KINDS if kind != "json"],
                         metavar="KIND", help="kinds of problems, see below, to leave aside")
     parser.add_argument("--clean", metavar="DIR", help="write copies of the JSON files without what is wrong into this "
@@ -84,7 +86,7 @@ def resolve(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
     args.num_queries = args.num_queries or NUM_QUERIES
-    args.masks = bool(args.masks)
+    args.masks, args.apply_exif = bool(args.masks), bool(args.apply_exif)
 
 
 def files_to_check(args: argparse.Namespace) -> Dict[str, Files]:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as mask_codec
 
 from datasets.checks import leaves_folder
+from datasets.image_io import UnreadableImage, open_picture
 from tools.output import refuse_others, remember, writing
 from util.errors import InputError, run_program
 
@@ -131,12 +131,10 @@ def convert(ships: Dict[str, List[List[int]]], images: str, val_share: float,
 
 def _size_of(path: Path) -> Tuple[int, int]:
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             return picture.height, picture.width
-    except FileNotFoundError as error:
-        raise InputError(f"image {path} of the CSV does not exist") from error
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {path} can't be read ({error})") from error
+    except UnreadableImage as error:
+        raise InputError(f"the CSV names an image that can't be used: {error}") from error
 
 
 def main(args: argparse.Namespace) -> None:

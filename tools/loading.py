@@ -17,7 +17,7 @@ DETECTOR, PRETRAINED = "coco", "imagenet"  # the --dataset_file whose models the
 
 # What tensors don't tell: taken from the flags that the checkpoint holds, else at its default.
 STORED_FLAGS = {
-    DETECTOR: ("nheads", "dilation", "val_size", "max_size", "position_embedding_scale", "num_queries"),
+    DETECTOR: ("nheads", "dilation", "val_size", "max_size", "position_embedding_scale", "num_queries", "apply_exif"),
     PRETRAINED: ("nheads", "dilation", "position_embedding_scale", "num_patches", "patch_size", "min_patch", "max_patch",
                  "pretrain_sizes", "pretrain_max_size"),
 }

@@ -5,7 +5,7 @@ object,
 
     {"file_name": "photos/a.jpg", "category_id": 18, "category_name": "dog", "bbox": [x, y, w, h], "score": 0.98}
 
-with the box in pixels of the image file (EXIF orientation ignored, as in training), left, top, width, height; boxes may
+with the box in pixels of the image file (EXIF orientation ignored unless --apply_exif), left, top, width, height; boxes may
 reach a little over the edges, as in `main.py --eval`. Images in which nothing is found have no entry. A model with a
 mask head also gives each object's mask as "segmentation", COCO's compressed run lengths.
 
@@ -69,6 +69,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_size", type=int,
                         help="short side that images are resized to (as in the training's evaluation)")
     parser.add_argument("--max_size", type=int, help="largest long side (likewise)")
+    parser.add_argument("--apply_exif", action="store_true", default=None,
+                        help="turn images as their EXIF orientation says (as in the training)")
     parser.add_argument("--mask_softmax", choices=("joint", "per_head"),
                         help="of a mask model's attention maps, see main.py (as in the training, else joint)")
     return parser
@@ -126,13 +128,13 @@ def names_of_classes(loaded: Loaded, annotation_file: Optional[str]) -> Dict[int
     return dict(enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
 
 
-def read_batches(sources: Sequence[Source], batch_size: int,
-                 failed: List[Path]) -> Iterator[List[Tuple[Source, Tensor]]]:
+def read_batches(sources: Sequence[Source], batch_size: int, failed: List[Path],
+                 apply_exif: bool = False) -> Iterator[List[Tuple[Source, Tensor]]]:
     """Batches of images, uint8 [3, H, W]; one that can't be read is reported, noted in `failed` and passed over."""
     batch = []
     for source in sources:
         try:
-            batch.append((source, read_image(source.path)[0]))
+            batch.append((source, read_image(source.path, apply_exif=apply_exif)[0]))
         except UnreadableImage as error:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             failed.append(source.path)
@@ -216,7 +218,8 @@ def main(args: argparse.Namespace) -> None:
     require_at_least_one(args, "batch_size", "val_size", "max_size")
     sources = find_images(args.images, args.output_dir)
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
-                        val_size=args.val_size, max_size=args.max_size, mask_softmax=args.mask_softmax)
+                        val_size=args.val_size, max_size=args.max_size, mask_softmax=args.mask_softmax,
+                        apply_exif=args.apply_exif)
     names, things = names_of_classes(loaded, args.classes), is_thing_of(loaded, args.classes)
     show = view_of(loaded, things, args.show)
     view = (PanopticView if show == "panoptic" else ObjectView)(names)
@@ -227,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
     refuse_others("--output_dir", [json_path, *itertools.chain(*files.values())])
     entries: List[Dict[str, Any]] = []
     failed: List[Path] = []
-    for batch in read_batches(sources, args.batch_size, failed):
+    for batch in read_batches(sources, args.batch_size, failed, bool(loaded.args.apply_exif)):
         for (source, image), found in zip(batch, detector([image for _, image in batch])):
             with writing("--output_dir", args.output_dir):
                 mine = view.entries(source.path, found, source.picture, args.output_dir)

@@ -31,6 +31,8 @@ def open_regular(path: str | os.PathLike, what: str = "file") -> BinaryIO:
         _check_regular(os.stat(path), path, what)  # opening a device may already do something
         # Where the file was exchanged since: a pipe is opened without waiting for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{what} {shown(path)} does not exist") from error
     except (OSError, ValueError) as error:  # the latter: a name with a null byte

@@ -23,7 +23,7 @@ COMMON: Dict[str, Default] = {
 }
 _LABELLED: Dict[str, Default] = {
     "batch_size": 2, "num_workers": 2, "load_backbone": "supervised", "val_size": 800, "max_size": 1333,
-    "remove_difficult": False, "group_by_aspect": False,
+    "remove_difficult": False, "group_by_aspect": False, "apply_exif": False,
 }
 _DETR: Dict[str, Default] = {
     "lr": 1e-4, "lr_backbone_names": ["backbone."], "num_queries": 100, "dim_feedforward": 2048, "pre_norm": False,
@@ -102,7 +102,7 @@ FLAGS_OF = {
     **{name: ("regions",) for name in (
         "strategy", "max_prop", "cache_path", "object_embedding_loss", "obj_embedding_head", "object_embedding_coef",
         "load_embedding")},
-    **{name: ("coco", "coco_panoptic", "voc") for name in ("train_sizes", "val_size", "max_size", "group_by_aspect")},
+    **{name: ("coco", "coco_panoptic", "voc") for name in ("train_sizes", "val_size", "max_size", "group_by_aspect", "apply_exif")},
     **{name: ("coco", "coco_panoptic", "voc", "regions") for name in ("crop_resize", "crop_size")},
 }
 # The same for flags that mean something for one model only.

@@ -266,7 +266,7 @@ def test_boxes_outside_are_left_out_with_a_message(world, capsys):
     ("bbox", [10, 5, -4, 10], "annotation id 11 (image 3.jpg) of {file} has the box [10, 5, -4, 10] with a negative"),
     ("bbox", [10, 5, 4], "annotation id 11 (image 3.jpg) of {file} has the box [10, 5, 4], not four finite"),
     ("bbox", None, "annotation id 11 (image 3.jpg) of {file} has the box None, not four finite"),
-    ("area", "x", "annotation id 11 (image 3.jpg) of {file} has the area x, not a finite number"),
+    ("area", "x", "annotation id 11 (image 3.jpg) of {file} has the area 'x', not a finite number"),
     ("category_id", 9, "annotation id 11 (image 3.jpg) of {file} has category_id 9, which is not among the categories"),
     ("category_id", None, "annotation id 11 (image 3.jpg) of {file} has category_id None, which is not among"),
     ("image_id", 99, "annotation id 11 of {file} belongs to image id 99, which is not in the file"),
@@ -381,3 +381,22 @@ def test_image_sizes_may_be_absent(world):
     dataset = CocoDetection(world.root / "train2017", world.root / "annotations/instances_train2017.json",
                             make_coco_transforms("val", val_size=40))
     assert dataset[0][1]["labels"].tolist() == [4, 1]
+
+
+def test_a_training_without_an_object_is_refused(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "1.jpg")
+    entry = {"id": 1.0, "image_id": 1, "category_id": 1.0, "bbox": [1, 2, 3, 4]}
+    content = {"images": [{"id": 1, "file_name": "1.jpg", "width": 40.0, "height": 30}], "annotations": [entry],
+               "categories": [{"id": 1, "name": "two\nlines"}]}
+    file = tmp_path / "a.json"
+
+    def load(**change):
+        file.write_text(json.dumps({**content, **change}))
+        return CocoDetection(tmp_path, file, training=True)
+
+    assert load()[0][1]["boxes"].tolist() == [[1, 2, 4, 6]]
+    for annotations in ([], [{**entry, "iscrowd": 1}], [{**entry, "bbox": [1, 2, 0, 4]}]):
+        with pytest.raises(InputError, match="has no object to learn from"):
+            load(annotations=annotations)
+    with pytest.raises(InputError, match="category id 1099511627776, which would need a model"):
+        load(categories=[{"id": 2**40, "name": "x"}])

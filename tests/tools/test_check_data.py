@@ -185,12 +185,12 @@ WRONG_OBJECTS = {
                       "warning  box_clipped: annotation id 12 (image 3.jpg) of FILE has the box [50, 20, 12, 12] "
                       "reaching over the edge of its image of 60x40 pixels"),
     "area": (change(1, area="large"),
-             "error    area: annotation id 12 (image 3.jpg) of FILE has the area large, not a finite number"),
+             "error    area: annotation id 12 (image 3.jpg) of FILE has the area 'large', not a finite number"),
     "crowd mark": (change(1, iscrowd=2),
                    "error    iscrowd: annotation id 12 (image 3.jpg) of FILE has iscrowd 2, neither 0 nor 1"),
     "no polygon": (change(1, segmentation=[["a"] * 6]),
                    "warning  segmentation: annotation id 12 (image id 3) of FILE has a segmentation that cannot be "
-                   "drawn on 60x40 pixels (it has the coordinate a)"),
+                   "drawn on 60x40 pixels (it has the coordinate 'a', not a number of pixels)"),
     "run lengths of another image": (change(2, segmentation={"size": [30, 60], "counts": [1800]}),
                                      "warning  segmentation: annotation id 13 (image id 7) of FILE has a segmentation "
                                      "that cannot be drawn on 60x40 pixels (it is made for 60x30)"),

@@ -95,7 +95,7 @@ def test_training_reads_them(airbus):
     ("ImageId,EncodedPixels\n0001.jpg,1 x\n", "line 2: the pixels"),
     ("ImageId,EncodedPixels\n0001.jpg\n", "line 2: the pixels"),
     ("ImageId,EncodedPixels\n0001.jpg,190 5\n", "a ship of 0001.jpg has pixels .* outside its 16 x 12"),
-    ("ImageId,EncodedPixels\nother.jpg,1 5\n", "image .*other.jpg of the CSV does not exist"),
+    ("ImageId,EncodedPixels\nother.jpg,1 5\n", "the CSV names .*other.jpg does not exist"),
     ("ImageId,EncodedPixels\n0001.jpg,1 5\n", "--val_share 0.5 leaves no ships for ")])
 def test_mistakes(airbus, content, message):
     (airbus / "ships.csv").write_text(content)

@@ -28,7 +28,7 @@ def test_special_files_are_refused_at_once(tmp_path):
         os.chdir(place)
     for name, kind in (("pipe", "named pipe"), ("folder", "folder"), ("link", "named pipe"), ("socket", "socket")):
         for read in (open_regular, read_text, read_json):
-            with pytest.raises(InputError, match=f"{tmp_path / name} is a {kind}, not a regular file"):
+            with pytest.raises(InputError, match=f"^file {tmp_path / name} is a {kind}, not a regular file"):
                 read(tmp_path / name)
     with pytest.raises(InputError, match="/dev/zero is a device"):
         read_text("/dev/zero")

@@ -348,7 +348,7 @@ OWN = {"--accumulate_steps", "--amp", "--tf32", "--compile", "--no_fuse", "--bac
        "--crop_size", "--val_size", "--max_size", "--mask_softmax", "--local_rank", "--local-rank",
        "--train_images", "--train_annotations", "--val_images", "--val_annotations", "--overfit", "--tensorboard",
        "--class_list", "--filter_file", "--filter_seed", "--shots", "--shots_of", "--class_split", "--class_part",
-       "--save_every_steps", "--dist_timeout"}
+       "--save_every_steps", "--dist_timeout", "--apply_exif"}
 # Flags of the originals that this program doesn't have: images are read as they are needed, and `tools.predict` draws.
 ABSENT = {"--cache_mode", "--viz"}
 # Flags that an original accepts in a training where they do nothing; here they are refused there.
