@@ -1,4 +1,6 @@
 """Boxes with labels on an image, and colours told apart."""
+from __future__ import annotations
+
 import colorsys
 import functools
 import math
@@ -58,12 +60,13 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
-def draw_boxes(image: Tensor, boxes: Sequence[LabelledBox]) -> Image.Image:
+def draw_boxes(image: Tensor, boxes: Sequence[LabelledBox], line_width: int | None = None) -> Image.Image:
     """Draw boxes and their labels on an image.
 
     Args:
         image: uint8 [3, H, W].
         boxes: what to draw, the most important first; boxes may reach over the image's edges.
+        line_width: of frames, in pixels of the picture; by default as the picture's size asks for.
 
     Returns:
         the picture, scaled so that its long side has between `SMALLEST_SIDE` and `LARGEST_SIDE` pixels (small images by
@@ -78,13 +81,25 @@ def draw_boxes(image: Tensor, boxes: Sequence[LabelledBox]) -> Image.Image:
     scaled = [_inside(tuple(scale * side for side in item.box), size) for item in boxes]
     for item, rectangle in reversed(list(zip(boxes, scaled))):
         if item.framed:
-            _draw_frame(draw, rectangle, item, width=max(3, round(max(size) / 280)))
+            _draw_frame(draw, rectangle, item, width=line_width or max(3, round(max(size) / 280)))
     text_size = min(max(round(max(size) / 44), 14), 28)
     taken: List[Rectangle] = []
     for item, rectangle in zip(boxes, scaled):
         if item.text:
             taken.append(_draw_label(draw, rectangle, item, font(text_size), size, taken))
     return picture
+
+
+def side_by_side(pictures: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """Join pictures of one height, each below its title."""
+    height, gap = 40, 12
+    joined = Image.new("RGB", (sum(picture.width + gap for picture in pictures) - gap, height + pictures[0].height), WHITE)
+    draw, left = ImageDraw.Draw(joined), 0
+    for picture, title in zip(pictures, titles):
+        joined.paste(picture, (left, height))
+        draw.text((left + 6, 6), title, font=font(22), fill=BLACK)
+        left += picture.width + gap
+    return joined
 
 
 def _inside(box: Rectangle, size: Tuple[int, int]) -> Rectangle:

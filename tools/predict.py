@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from datasets.coco import class_names, make_coco_transforms, read_ground_truth
@@ -31,14 +32,17 @@ from datasets.image_io import UnreadableImage, read_image
 from datasets.pretext import list_images
 from models import build_postprocess
 from models.segmentation import PostProcessPanoptic, PostProcessSegm
+from tools.drawing import distinct_colour, draw_boxes, side_by_side
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
 from tools.output import refuse_others, remember, write_json_lines, writing
-from tools.views import ObjectView, PanopticView
+from tools.views import ObjectView, PanopticView, Style, draw_entries, name_of, save_picture
 from util.errors import InputError, run_program
 from util.misc import nested_tensor_from_tensor_list
 
 COCO_NUM_CLASSES = (91, 250)  # of the published detectors and panoptic models
-VIEWS = {"boxes": 0.7, "masks": 0.7, "panoptic": 0.85}  # what can be shown, and the least score for it
+VIEWS = ("boxes", "masks", "panoptic")  # what can be shown
+# The least score of what is shown, by the kind of model. A sigmoid's scores are lower: no class takes from the others.
+SOFTMAX_THRESHOLD, SIGMOID_THRESHOLD, PANOPTIC_THRESHOLD = 0.7, 0.3, 0.85
 
 
 class Source(NamedTuple):
@@ -57,10 +61,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser, "a trained detector")
     parser.add_argument("--output_dir", default="outputs/predict",
                         help="folder for pictures and JSON (outputs/predict)")
-    parser.add_argument("--show", choices=tuple(VIEWS),
+    parser.add_argument("--show", choices=VIEWS,
                         help="boxes alone, masks too, or panoptic maps (the last of these that the model can)")
     parser.add_argument("--threshold", type=float,
-                        help="least score of what is shown and written (0.7; panoptic: 0.85)")
+                        help="least score of what is shown and written, 0 to 1 (0.7; Deformable DETR: 0.3; panoptic: "
+                        "0.85)")
+    parser.add_argument("--max_detections", type=int, metavar="N",
+                        help="show and write the N best objects of an image at most, at least 1 (all)")
+    parser.add_argument("--hide_labels", action="store_true", help="draw no names and scores")
+    parser.add_argument("--line_width", type=int, metavar="PIXELS",
+                        help="width of frames, at least 1 (as the picture's size asks for)")
+    parser.add_argument("--annotations", metavar="JSON", help="COCO-format file with the true objects of images, which "
+                        "are told by their file names: draw them beside what is found")
     parser.add_argument("--classes", metavar="JSON", help="COCO annotation file with the names of the classes "
                         "(those in the checkpoint; for 91 or 250 classes without names COCO's); of a panoptic file "
                         "also which are things")
@@ -152,17 +164,44 @@ def is_thing_of(loaded: Loaded, annotation_file: Optional[str]) -> Dict[int, boo
     return told or loaded.is_thing_map
 
 
+class TrueObjects:
+    """The objects that a COCO-format annotation file has for images, which are told by the ends of their paths.
+
+    Raises:
+        InputError: the file isn't one.
+    """
+
+    def __init__(self, annotation_file: str) -> None:
+        truth = read_ground_truth(annotation_file)
+        names = class_names(truth)
+        objects: Dict[int, List[Dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
+        for found in truth["annotations"]:
+            if found["image_id"] in objects:
+                category = found["category_id"]
+                objects[found["image_id"]].append({"category_id": category, "category_name": name_of(category, names),
+                                                   "bbox": found["bbox"]})
+        self.by_place = {Path(image["file_name"]).parts: objects[image["id"]] for image in truth["images"]}
+
+    def of(self, path: Path) -> Optional[List[Dict[str, Any]]]:
+        """Return the objects of an image as a view's entries, without scores; None if the file doesn't have the image."""
+        parts = path.parts
+        return next((self.by_place[parts[start:]] for start in range(len(parts)) if parts[start:] in self.by_place), None)
+
+
 class Detector:
-    """A loaded model with the pre- and post-processing of evaluation.
+    """A loaded model with the pre- and post-processing of evaluation. After each call `best` has each image's best score.
 
     Args:
         threshold: least score of what is found.
+        max_detections: most objects of an image; None for all.
         with_masks: also find the masks of objects.
         is_thing_map: find panoptic maps instead of objects; whether each class is a thing.
     """
 
     def __init__(self, loaded: Loaded, threshold: float = 0.0, with_masks: bool = False,
-                 is_thing_map: Optional[Dict[int, bool]] = None) -> None:
+                 is_thing_map: Optional[Dict[int, bool]] = None, max_detections: Optional[int] = None) -> None:
+        self.best: List[float] = []
+        self.max_detections = max_detections
         self.model, self.device, self.threshold = loaded.model, torch.device(loaded.args.device), threshold
         if loaded.args.masks:
             # Masks take most of the time. What is below the threshold needs none.
@@ -186,11 +225,14 @@ class Detector:
         originals = torch.tensor([image.shape[-2:] for image in images])
         outputs = self.model(samples.to(self.device))
         if self.panoptic:
+            self.best = outputs["pred_logits"].softmax(-1)[..., :-1].amax((1, 2)).tolist()
             return self.panoptic(outputs, resized, originals)
         results, masks = [], []
+        self.best = []
         for i, result in enumerate(self.postprocess(outputs, originals.to(self.device))):
             order = result["scores"].argsort(descending=True)
-            order = order[result["scores"][order] >= self.threshold]
+            self.best.append(float(result["scores"][order[0]]))
+            order = order[result["scores"][order] >= self.threshold][:self.max_detections]
             results.append({name: value[order].cpu() for name, value in result.items()})
             if self.with_masks:
                 masks.append(outputs["pred_masks"][i, order].cpu())
@@ -211,32 +253,55 @@ def view_of(loaded: Loaded, things: Dict[int, bool], asked: Optional[str]) -> st
     return asked or able[-1]
 
 
+def default_threshold(loaded: Loaded, show: str) -> float:
+    """The least score of what is shown, unless --threshold says it."""
+    if show == "panoptic":
+        return PANOPTIC_THRESHOLD
+    return SIGMOID_THRESHOLD if loaded.args.model == "deformable_detr" else SOFTMAX_THRESHOLD
+
+
+def draw_beside(picture: Image.Image, image: Tensor, true: Optional[List[Dict[str, Any]]], style: Style) -> Image.Image:
+    """Put the true objects of an image to the left of the picture of what was found, if they are known."""
+    if true is None:
+        return side_by_side([draw_boxes(image, []), picture], ["not annotated", "found"])
+    colours = [distinct_colour(entry["category_id"]) for entry in true]
+    return side_by_side([draw_entries(image, true, colours, style), picture], [f"true: {len(true)}", "found"])
+
+
 def main(args: argparse.Namespace) -> None:
     """Detect, draw and write; exits with status 1 at the end if some images could not be read."""
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold} is not within 0 and 1")
-    require_at_least_one(args, "batch_size", "val_size", "max_size")
+    require_at_least_one(args, "batch_size", "val_size", "max_size", "max_detections", "line_width")
+    true = TrueObjects(args.annotations) if args.annotations else None
     sources = find_images(args.images, args.output_dir)
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
                         val_size=args.val_size, max_size=args.max_size, mask_softmax=args.mask_softmax,
                         apply_exif=args.apply_exif)
     names, things = names_of_classes(loaded, args.classes), is_thing_of(loaded, args.classes)
     show = view_of(loaded, things, args.show)
-    view = (PanopticView if show == "panoptic" else ObjectView)(names)
-    detector = Detector(loaded, VIEWS[show] if args.threshold is None else args.threshold, show == "masks",
-                        things if show == "panoptic" else None)
+    for flag in ("max_detections", "line_width") if show == "panoptic" else ():
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag} is for objects; panoptic maps are shown (--show boxes or masks shows objects)")
+    style = Style(not args.hide_labels, args.line_width)
+    view = (PanopticView if show == "panoptic" else ObjectView)(names, style)
+    threshold = default_threshold(loaded, show) if args.threshold is None else args.threshold
+    detector = Detector(loaded, threshold, show == "masks", things if show == "panoptic" else None, args.max_detections)
     json_path = Path(args.output_dir) / view.json_name
     files = {source: view.files(source.picture, args.output_dir) for source in sources}
     refuse_others("--output_dir", [json_path, *itertools.chain(*files.values())])
     entries: List[Dict[str, Any]] = []
     failed: List[Path] = []
     for batch in read_batches(sources, args.batch_size, failed, bool(loaded.args.apply_exif)):
-        for (source, image), found in zip(batch, detector([image for _, image in batch])):
+        results = detector([image for _, image in batch])
+        for (source, image), found, best in zip(batch, results, detector.best):
             with writing("--output_dir", args.output_dir):
                 mine = view.entries(source.path, found, source.picture, args.output_dir)
-                view.draw(image, found, mine, source.picture)
+                picture = view.draw(image, found, mine)
+                save_picture(draw_beside(picture, image, true.of(source.path), style) if true else picture, source.picture)
                 remember(files[source])
-            listed = ", ".join(f"{count} {name}" for name, count in view.counts(mine).most_common()) or "nothing"
+            listed = ", ".join(f"{count} {name}" for name, count in view.counts(mine).most_common())
+            listed = listed or f"nothing above {threshold:g}, best {best:.2g}"
             print(f"{source.path}: {listed}", flush=True)
             entries += mine
     if len(failed) == len(sources):

@@ -2,7 +2,7 @@
 import io
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -15,13 +15,21 @@ from tools.mask_drawing import ColouredMask, colours_of_segments, innermost_poin
 from util.panoptic_ids import rgb_to_ids
 
 
+class Style(NamedTuple):
+    """How pictures are drawn: with names and scores or without, and the width of frames (None: as the picture's size
+    asks for)."""
+
+    labels: bool = True
+    line_width: Optional[int] = None
+
+
 class ObjectView:
     """Objects found in images: their entries in the JSON file, and pictures with boxes and masks, if there are any."""
 
     json_name, counted = "detections.json", "objects"
 
-    def __init__(self, names: Dict[int, str]) -> None:
-        self.names = names
+    def __init__(self, names: Dict[int, str], style: Style) -> None:
+        self.names, self.style = names, style
 
     def files(self, picture: Path, output_dir: str) -> List[Path]:
         """The files that are written for an image."""
@@ -42,14 +50,14 @@ class ObjectView:
         """How many objects of each class there are."""
         return Counter(entry["category_name"] for entry in entries)
 
-    def draw(self, image: Tensor, found: Dict[str, Tensor], entries: Sequence[Dict[str, Any]], path: Path) -> None:
-        """Write the picture of one image. With masks each object has a colour of its own, else each class."""
+    def draw(self, image: Tensor, found: Dict[str, Tensor], entries: Sequence[Dict[str, Any]]) -> Image.Image:
+        """Return the picture of one image. With masks each object has a colour of its own, else each class."""
         if "masks" in found:
             colours = [distinct_colour(number) for number in range(len(entries))]
             image = lay_over(image, [ColouredMask(mask[0], colour) for mask, colour in zip(found["masks"], colours)])
         else:
             colours = [distinct_colour(entry["category_id"]) for entry in entries]
-        draw_entries(image, entries, path, colours)
+        return draw_entries(image, entries, colours, self.style)
 
 
 class PanopticView:
@@ -57,8 +65,8 @@ class PanopticView:
 
     json_name, counted = "panoptic.json", "segments"
 
-    def __init__(self, names: Dict[int, str]) -> None:
-        self.names = names
+    def __init__(self, names: Dict[int, str], style: Style) -> None:
+        self.names, self.style = names, style
 
     def files(self, picture: Path, output_dir: str) -> List[Path]:
         """The files that are written for an image: its picture and its PNG of ids."""
@@ -77,8 +85,8 @@ class PanopticView:
         """How many segments of each class there are."""
         return Counter(segment["category_name"] for entry in entries for segment in entry["segments_info"])
 
-    def draw(self, image: Tensor, found: Dict[str, Any], entries: Sequence[Dict[str, Any]], path: Path) -> None:
-        """Write the picture of one image; each segment's name stands where it is widest."""
+    def draw(self, image: Tensor, found: Dict[str, Any], entries: Sequence[Dict[str, Any]]) -> Image.Image:
+        """Return the picture of one image; each segment's name stands where it is widest."""
         with Image.open(io.BytesIO(found["png_string"])) as picture:
             ids = torch.from_numpy(rgb_to_ids(np.asarray(picture)))
         segments = entries[0]["segments_info"]
@@ -87,8 +95,8 @@ class PanopticView:
                                       [segment["category_id"] for segment in segments])
         points = [innermost_point(mask) for mask in masks]
         labels = [LabelledBox((x, y, x, y), colour, segment["category_name"], framed=False)
-                  for (x, y), colour, segment in zip(points, colours, segments)]
-        save_picture(lay_over(image, [ColouredMask(*pair) for pair in zip(masks, colours)]), labels, path)
+                  for (x, y), colour, segment in zip(points, colours, segments)] if self.style.labels else []
+        return draw_boxes(lay_over(image, [ColouredMask(*pair) for pair in zip(masks, colours)]), labels)
 
 
 def encode_masks(masks: Tensor) -> List[Dict[str, Any]]:
@@ -102,17 +110,17 @@ def name_of(label: int, names: Dict[int, str]) -> str:
     return names.get(label, f"class {label}")
 
 
-def draw_entries(image: Tensor, entries: Sequence[Dict[str, Any]], path: Path, colours: Sequence[Colour]) -> None:
-    """Write the picture of one image with its detections."""
+def draw_entries(image: Tensor, entries: Sequence[Dict[str, Any]], colours: Sequence[Colour], style: Style) -> Image.Image:
+    """Return the picture of one image, uint8 [3, H, W], with objects: detections, or true ones, which have no score."""
     boxes = []
     for entry, colour in zip(entries, colours):
         left, top, width, height = entry["bbox"]
-        boxes.append(LabelledBox((left, top, left + width, top + height), colour,
-                                 f"{entry['category_name']} {entry['score']:.2f}"))
-    save_picture(image, boxes, path)
+        text = entry["category_name"] + (f" {entry['score']:.2f}" if "score" in entry else "")
+        boxes.append(LabelledBox((left, top, left + width, top + height), colour, text if style.labels else ""))
+    return draw_boxes(image, boxes, style.line_width)
 
 
-def save_picture(image: Tensor, boxes: Sequence[LabelledBox], path: Path) -> None:
-    """Write an image, uint8 [3, H, W], with boxes and texts on it."""
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture, in a folder that is made for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_boxes(image, boxes).save(path, quality=92, subsampling=0)
+    picture.save(path, quality=92, subsampling=0)

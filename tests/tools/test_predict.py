@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
+import numpy as np
 import pytest
 import torch
 from commands import run
@@ -102,6 +103,9 @@ def test_wrong_input_is_told_in_a_sentence(detector: Path, photos: Path, tmp_pat
     assert f"image folder {tmp_path}/empty has no images" in refused(tmp_path / "empty")
     assert refused(photos, "--threshold", 70) == "error: --threshold 70.0 is not within 0 and 1\n"
     assert refused(photos, "--batch_size", 0) == "error: --batch_size 0 is not at least 1\n"
+    assert refused(photos, "--line_width", -1) == "error: --line_width -1 is not at least 1\n"
+    assert refused(photos, "--max_detections", 0) == "error: --max_detections 0 is not at least 1\n"
+    assert f"annotation file {tmp_path}/none.json" in refused(photos, "--annotations", tmp_path / "none.json")
     assert f"the picture {photos}/wide.jpg would overwrite an image" in refused(photos, "--output_dir", photos)
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
@@ -148,3 +152,46 @@ def test_labels_stay_inside_and_apart() -> None:
 
 def test_colours_differ() -> None:
     assert len({distinct_colour(number) for number in range(91)}) == 91
+
+
+def test_thresholds_go_with_the_kind_of_model(save_model: Callable[..., Path], photos: Path, tmp_path: Path,
+                                              run_main: Callable) -> None:
+    """Deformable DETR's sigmoid scores are lower; what an image's best score is, is said where nothing is shown."""
+    softmax = load_model(str(save_model("softmax.pth")), DETECTOR, "cpu")
+    sigmoid_file = save_model("sigmoid.pth", model="deformable_detr", val_size=64, max_size=80)
+    sigmoid = load_model(str(sigmoid_file), DETECTOR, "cpu")
+    assert [predict.default_threshold(softmax, show) for show in predict.VIEWS] == [0.7, 0.7, 0.85]
+    assert predict.default_threshold(sigmoid, "boxes") == 0.3
+    words = ["--checkpoint", sigmoid_file, photos / "wide.jpg", "--output_dir", tmp_path / "out", "--device", "cpu"]
+    nothing = run_main(predict, words).splitlines()[0]
+    run_main(predict, [*words, "--threshold", 0, "--max_detections", 3])
+    found = detections(tmp_path / "out")
+    assert [entry["score"] for entry in found] == sorted((entry["score"] for entry in found), reverse=True)
+    assert len(found) == 3 and nothing == f"{photos}/wide.jpg: nothing above 0.3, best {found[0]['score']:.2g}"
+
+
+def test_true_objects_beside_what_is_found(detector: Path, photos: Path, tmp_path: Path, run_main: Callable) -> None:
+    """The file's images are told by the ends of the paths; frames are as wide as asked for."""
+    truth = {"images": [{"id": 7, "file_name": "below/tall.png"}], "categories": [{"id": 2, "name": "square"}],
+             "annotations": [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [10, 20, 30, 40], "area": 1200,
+                              "iscrowd": 0}]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    true = predict.TrueObjects(str(tmp_path / "truth.json"))
+    assert true.of(photos / "below" / "tall.png") == [{"category_id": 2, "category_name": "square",
+                                                       "bbox": [10, 20, 30, 40]}]
+    assert true.of(photos / "tall.png") is None and true.of(photos / "wide.jpg") is None
+    words = ["--checkpoint", detector, photos, "--device", "cpu", "--output_dir", tmp_path / "out", "--hide_labels",
+             "--annotations", tmp_path / "truth.json"]
+    run_main(predict, [*words, "--line_width", 9])
+    wide = Image.open(tmp_path / "out" / "below" / "tall.jpg").copy()
+    assert wide.size == (2 * 400 + 12, 720 + 40)
+    run_main(predict, [*words, "--line_width", 1])
+    thin = Image.open(tmp_path / "out" / "below" / "tall.jpg")
+
+    def coloured(picture: Image.Image) -> int:
+        """Pixels nearly of the class's colour in the left half."""
+        pixels = torch.from_numpy(np.array(picture.crop((0, 40, 400, 760)), dtype=int))
+        return int(((pixels - torch.tensor(distinct_colour(2))).abs().amax(2) < 25).sum())
+
+    # A frame of 240 x 320 pixels, eight to one of the image, has 9 * 2 * (240 + 320) - 4 * 81 pixels.
+    assert coloured(wide) - coloured(thin) == pytest.approx(9 * 1120 - 4 * 81 - 1120, rel=0.25)
