@@ -13,6 +13,7 @@ from util.checkpoint import load_checkpoint
 from util.distributed import local_main_first, print_main
 from util.errors import InputError
 from util.misc import NestedTensor
+from util.unwrap import find_weights
 
 __all__ = ["LAYERS", "SUPERVISED_URLS", "SWAV_URL", "Backbone", "BackboneBase", "FrozenBatchNorm2d", "Joiner", "ResNetBody",
            "backbone_state_dict", "build_backbone", "load_backbone_weights"]
@@ -151,15 +152,12 @@ class Joiner(nn.Sequential):
 def backbone_state_dict(checkpoint: Dict[str, Tensor], also: Tuple[str, ...] = ()) -> Dict[str, Tensor]:
     """The ResNet part of a classification, SwAV or detector checkpoint, under torchvision's names.
 
-    Unwraps `model` and `state_dict`, strips the prefixes of wrappers and detectors, and drops classification and
+    Unwraps what `util.unwrap` does, strips the prefixes of detectors, and drops classification and
     projection heads but for tensors whose names begin with one of `also`.
     """
-    for wrapper in ("model", "state_dict"):
-        if isinstance(checkpoint.get(wrapper), dict):
-            checkpoint = checkpoint[wrapper]
-    prefixes = ("module.", "detr.", "backbone.0.", "body.", "backbone.")
+    prefixes = ("detr.", "backbone.0.", "body.", "backbone.")
     tensors = {}
-    for name, value in checkpoint.items():
+    for name, value in find_weights(checkpoint).items():
         for prefix in prefixes:
             name = name.removeprefix(prefix)
         if name.startswith(("conv1.", "bn1.", *(layer + "." for layer in LAYERS), *also)):

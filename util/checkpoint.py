@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from util.distributed import print_main
 from util.errors import InputError
+from util.unwrap import find_weights, numpy_globals
 
 # Besides tensors and plain containers, published checkpoints hold the flags of their training as a Namespace, some with
-# paths. Both are inert containers; everything else a pickle could name is refused by torch's weights-only loader.
-torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath])
+# paths; other programs keep numbers of numpy. All are inert; everything else a pickle could name is refused by torch's weights-only loader.
+torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, *numpy_globals()])
 
 DOWNLOAD_TIMEOUT_S = 30
+VOC_OUTPUTS = 21  # of detectors of VOC's 20 classes
 MASKED = "detr."  # precedes the names of a detector that has a mask head
 EMBEDDING_HEAD = "feature_embed.layers.0.weight"  # only DETReg's pre-training models have it
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,64})\.")
 # How torch's weights-only loader says that a pickle names something it would have to import or call.
+NAMED = re.compile(r"(?:GLOBAL|global:?|class) ([a-zA-Z_][\w.]*\.[\w.]*\w)")  # … and which it is
 NOT_PLAIN = re.compile(r"Unsupported (global|class)|unsupported GLOBAL|unrecognized function", re.IGNORECASE)
 
 
@@ -48,8 +51,9 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
         checkpoint = load_plain(path)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         if NOT_PLAIN.search(str(error)):
+            named = NAMED.search(str(error))
             raise InputError(f"{_given(flag, path)}: refused, since it holds Python objects other than tensors and plain data, "
-                             "which could execute code when loaded") from error
+                             f"which could execute code when loaded{f' ({named[1]})' if named else ''}") from error
         if downloaded:  # else the next run would find the same broken file
             os.remove(path)
         raise InputError(f"{given}: not a checkpoint, or damaged "
@@ -213,10 +217,24 @@ def model_state(checkpoint: Dict[str, Any], location: str) -> Dict[str, Tensor]:
     Raises:
         InputError: if there are none.
     """
-    state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    state = {name: value for name, value in find_weights(checkpoint).items() if not name.endswith(".num_batches_tracked")}
+    if not state:
         raise InputError(f"{location} holds no model weights under 'model'")
-    return state
+    return _voc_labels_from_one(state, checkpoint)
+
+
+def _voc_labels_from_one(state: Dict[str, Tensor], checkpoint: Dict[str, Any]) -> Dict[str, Tensor]:
+    """Shift the class heads of a model that DETReg's program fine-tuned on VOC: it counts labels from 0, this one from 1.
+
+    Of its 21 outputs the last is then unused, which becomes label 0. UP-DETR's VOC models have 20 and count from 1.
+    """
+    stored = stored_flags(checkpoint)
+    ours = "class_names" in checkpoint or "load_embedding" in stored  # the one is in our checkpoints, the other a flag of ours
+    if ours or "voc" not in (stored.get("dataset"), stored.get("dataset_file")):
+        return state
+    outputs = VOC_OUTPUTS if is_deformable(state) else VOC_OUTPUTS + 1  # softmax has no object on top
+    return {name: torch.cat([value[:VOC_OUTPUTS].roll(1, 0), value[VOC_OUTPUTS:]])
+            if _is_class_head(name) and len(value) == outputs else value for name, value in state.items()}
 
 
 def is_deformable(state: Dict[str, Tensor]) -> bool:
@@ -272,11 +290,18 @@ def load_model_strictly(model: nn.Module, checkpoint: Dict[str, Any], location: 
     differing = [name for name in own if name not in state] + [name for name in state if name not in own] + \
                 [name for name in own if name in state and own[name].shape != state[name].shape]
     if differing:
-        pretext = "patch2query.weight" in state or EMBEDDING_HEAD in state
+        pretext = "patch2query.weight" in state or EMBEDDING_HEAD in state or all(map(_is_class_head, differing))
         hint = "; to start a fine-tuning from it use --pretrain" if pretext else ""
-        raise InputError(f"{location} holds {describe_kind(state)} but the flags describe {describe_kind(own)}: "
-                         f"{len(differing)} tensors differ, first {differing[0]}{hint}")
+        kind, described = describe_kind(state), describe_kind(own)
+        kinds = f"{kind}, as the flags describe" if kind == described else f"{kind} but the flags describe {described}"
+        number = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
+        raise InputError(f"{location} holds {kinds}: {number}, first {differing[0]}, "
+                         f"{_shape(state, differing[0])} in the file and {_shape(own, differing[0])} in the model{hint}")
     model.load_state_dict(state)
+
+
+def _shape(state: Dict[str, Tensor], name: str) -> str:
+    return f"of shape {list(state[name].shape)}" if name in state else "absent"
 
 
 def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,

@@ -121,7 +121,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(tmp_path, writer):
         load_checkpoint(str(path))
     assert not trace.exists()
     if writer != "pickle":  # a bare pickle with tensors isn't a file of torch's at all
-        assert str(caught.value) == (f"--resume {path}: refused, since it holds Python objects other than tensors and "
+        assert str(caught.value).removesuffix(" (posix.system)") == (f"--resume {path}: refused, since it holds Python objects other than tensors and "
                                      "plain data, which could execute code when loaded")
     torch.load(path, weights_only=False) if writer != "pickle" else pickle.loads(path.read_bytes())
     assert trace.exists(), "the trap works"
@@ -296,7 +296,7 @@ def test_checkpoints_without_a_model(checkpoint):
 
 def test_a_bare_state_dict_is_a_model():
     state = {"weight": torch.zeros(2)}
-    assert model_state(state, "a.pth") is state and model_state({"model": state, "epoch": 1}, "a.pth") is state
+    assert model_state(state, "a.pth") == state and model_state({"model": state, "epoch": 1}, "a.pth") == state
 
 
 @pytest.fixture
@@ -335,12 +335,13 @@ def test_kinds_of_models_in_words(models):
 
 
 @pytest.mark.parametrize("held, wanted, difference", [
-    ("other_classes", "detr", "2 tensors differ, first class_embed.weight"),
-    ("detr", "pre_norm", "2 tensors differ, first transformer.encoder.norm.weight"),
-    ("updetr", "pre_norm", r"\d+ tensors differ, first patch2query.weight; to start a fine-tuning from it use "
+    ("other_classes", "detr", r"2 tensors differ, first class_embed.weight, of shape \[8, 32\] in the file and of shape "
+                              r"\[6, 32\] in the model; to start a fine-tuning from it use --pretrain"),
+    ("detr", "pre_norm", "2 tensors differ, first transformer.encoder.norm.weight, absent in the file and of shape .*"),
+    ("updetr", "pre_norm", r"\d+ tensors differ, first patch2query.weight, .*; to start a fine-tuning from it use "
                            "--pretrain"),
-    ("detr", "masks", r"\d+ tensors differ, first detr.transformer.encoder.layers.0.self_attn.in_proj_weight"),
-    ("pre_norm", "updetr", r"\d+ tensors differ, first patch2query.weight")])
+    ("detr", "masks", r"\d+ tensors differ, first detr.transformer.encoder.layers.0.self_attn.in_proj_weight, .*"),
+    ("pre_norm", "updetr", r"\d+ tensors differ, first patch2query.weight, .*")])
 def test_loading_strictly_refuses_any_difference(models, held, wanted, difference):
     words = {"detr": "a post-norm DETR with 5 classes", "pre_norm": "a pre-norm DETR with 5 classes",
              "other_classes": "a post-norm DETR with 7 classes", "updetr": "an UP-DETR pre-training model",
