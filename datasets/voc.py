@@ -4,16 +4,20 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets.checks import Fault, Problem, leaves_folder, raise_first
 from datasets.coco import DetectionDataset, check_ground_truth, make_coco_transforms, transform_sizes
+from datasets.image_io import IMAGE_EXTENSIONS
 from datasets.subsets import restriction
 from util.distributed import print_main
 from util.errors import InputError
+from util.files import open_regular, read_text, shown
 
 __all__ = ["Object", "Picture", "VOC_CLASSES", "VocDetection", "as_coco", "build", "class_problems", "devkit",
            "find_pictures", "names_of", "naming_part", "num_classes_and_names"]
@@ -24,6 +28,9 @@ VOC_CLASSES = (
 )
 # The image lists of the usual protocol: trainval of both years to train, the test part of 2007 to evaluate.
 _PARTS = {"train": (("VOC2007", "trainval"), ("VOC2012", "trainval")), "val": (("VOC2007", "test"),)}
+# The list, of the first that is there, in a folder that itself has ImageSets/Main; and, without lists, the folder.
+_OWN_PARTS = {"train": ("trainval", "train"), "val": ("test", "val")}
+_PART_FOLDERS = {"train": ("train",), "val": ("val", "valid", "test")}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image by its name below the VOCdevkit, its annotation file and its objects."""
+    """An image by its path in the VOCdevkit, its annotation file and its objects."""
 
     file_name: str
     annotation: Path
@@ -156,13 +163,44 @@ def class_problems(pictures: Iterable[Picture], names: dict[int, str]) -> Iterat
 
 def naming_part(args: argparse.Namespace) -> str:
     """Returns the image set that the class names come from: "train", or "val" in an evaluation that has no other."""
-    has_training = any(path.is_file() for path in _lists("train", devkit(args)))
+    has_training = bool(_listings("train", devkit(args)))
     return "val" if args.eval and not has_training else "train"
 
 
-def _lists(image_set: str, root: Path) -> list[Path]:
-    """Returns the paths of the image lists of an image set."""
-    return [root / year / "ImageSets" / "Main" / f"{part}.txt" for year, part in _PARTS[image_set]]
+class _Listing(NamedTuple):
+    """Where images of a set lie; `names` is the file that lists them, or None for all XML files of the folder."""
+
+    title: str
+    annotations: Path
+    images: Path
+    names: Path | None
+
+
+def _listings(image_set: str, root: Path) -> list[_Listing]:
+    """Finds the images of an image set: by the lists of the years or of the folder itself, else by XML files alone.
+
+    Without lists they are the XML files in Annotations/, or beside their images, in a folder train/, or val/, valid/ or
+    test/, or else in the folder itself for both image sets.
+    """
+    def listed(folder: Path, part: str) -> _Listing:
+        return _Listing(f"{folder.name} ({part})", folder / "Annotations", folder / "JPEGImages",
+                        folder / "ImageSets" / "Main" / f"{part}.txt")
+
+    found = [listed(root / year, part) for year, part in _PARTS[image_set]]
+    found = [listing for listing in found if listing.names.exists()]
+    for part in () if found else _OWN_PARTS[image_set]:
+        if listed(root, part).names.exists():
+            return [listed(root, part)]
+    folders = [root / name for name in _PART_FOLDERS[image_set]]
+    if not any((root / name).is_dir() for names in _PART_FOLDERS.values() for name in names):
+        folders = [root]  # one folder for everything
+    has_lists = any((folder / "ImageSets" / "Main").is_dir() for folder in (root, root / "VOC2007", root / "VOC2012"))
+    for folder in () if found or has_lists else folders:
+        for annotations in (folder / "Annotations", folder):
+            if next(annotations.glob("*.xml"), None):
+                images = next((path for path in (folder / "JPEGImages", folder / "images") if path.is_dir()), annotations)
+                return [_Listing(f"{folder.name} (no lists)", annotations, images, None)]
+    return found
 
 
 def _read_pictures(root: Path, image_set: str) -> tuple[Picture, ...]:
@@ -185,34 +223,45 @@ def find_pictures(root: Path, image_set: str) -> tuple[tuple[Picture, ...], tupl
     Raises:
         InputError: the image lists are missing or empty.
     """
-    lists = _lists(image_set, root)
-    if not any(path.is_file() for path in lists):
-        raise InputError(f"--voc_path {root} has no {' or '.join(str(path.relative_to(root)) for path in lists)}")
+    listings = _listings(image_set, root)
+    if not listings:
+        lists = [f"{year}/ImageSets/Main/{part}.txt" for year, part in _PARTS[image_set]]
+        own = [f"ImageSets/Main/{part}.txt" for part in _OWN_PARTS[image_set]]
+        raise InputError(f"--voc_path {root} has no {' or '.join([*lists, *own])}, and no XML files of its own in "
+                         f"{' or '.join(_PART_FOLDERS[image_set])}")
     pictures: list[Picture] = []
     problems: list[Problem] = []
-    for path in lists:
-        year = path.parents[2]
-        if not path.is_file():
-            print_main(f"VOC {image_set}: no images of {year.name}, {path} does not exist")
-            continue
-        names = _read_list(path)
-        pictures += [_read_picture(year, name, problems) for name in names]
-        print_main(f"VOC {image_set}: {len(names)} images of {year.name} ({path.stem})")
+    for listing in listings:
+        names = _read_list(listing) if listing.names else sorted(path.stem for path in
+                                                                 listing.annotations.glob("*.xml"))
+        pictures += [_read_picture(root, listing, name, problems) for name in names]
+        print_main(f"VOC {image_set}: {len(names)} images of {listing.title}")
+    for year, part in _PARTS[image_set]:
+        if listings[0].names and len(listings) < len(_PARTS[image_set]) and not _mentions(listings, year) and (
+                listings[0].annotations.parent != root):
+            print_main(f"VOC {image_set}: no images of {year}, {root / year}/ImageSets/Main/{part}.txt does not exist")
     if not pictures:
-        raise InputError(f"the image lists {', '.join(map(str, lists))} name no images")
+        raise InputError(f"the image lists {', '.join(str(listing.names) for listing in listings)} name no images")
     return tuple(pictures), tuple(problems)
 
 
-def _read_list(path: Path) -> list[str]:
-    """Returns the names in an image list."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"image list {path} can't be read ({error})") from error
-    names = [line.split()[0] for line in lines if line.strip()]
+def _mentions(listings: list[_Listing], year: str) -> bool:
+    return any(listing.annotations.parent.name == year for listing in listings)
+
+
+def _read_list(listing: _Listing) -> list[str]:
+    """Returns the names in an image list; a name may have blanks, and be followed by a class list's mark."""
+    names = []
+    for line in read_text(listing.names, "image list").splitlines():
+        name = line.strip()
+        marked = re.fullmatch(r"(.*\S)\s+-?[01]", name)
+        if marked and not (listing.annotations / f"{name}.xml").exists():
+            name = marked[1]
+        if name:
+            names.append(name)
     for name in names:
         if leaves_folder(name):
-            raise InputError(f"image list {path} names {name!r}, which leads out of the folder of the images")
+            raise InputError(f"image list {listing.names} names {name!r}, which leads out of the folder of the images")
     return names
 
 
@@ -231,20 +280,35 @@ def names_of(pictures: Iterable[Picture]) -> tuple[str, ...]:
     return VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
 
 
-def _read_picture(folder: Path, name: str, problems: list[Problem]) -> Picture:
+def _read_picture(root: Path, listing: _Listing, name: str, problems: list[Problem]) -> Picture:
     """Reads one image's annotation; what is wrong with it is added to `problems`."""
-    path = folder / "Annotations" / f"{name}.xml"
+    path = listing.annotations / f"{name}.xml"
+    where = f"annotation file {shown(path)}"
     elements: list[ElementTree.Element] = []
+    file_name = ""
     try:
-        elements = ElementTree.parse(path).getroot().findall("object")
-    except FileNotFoundError:
-        problems.append(Problem("annotation_entry", f"annotation file {path}", "does not exist"))
+        with open_regular(path, "annotation file") as file:
+            element = ElementTree.parse(file).getroot()
+        elements, file_name = element.findall("object"), (element.findtext("filename") or "").strip()
+    except InputError as error:
+        problems.append(Problem("annotation_entry", str(error), ""))
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # the latter two: of its encoding
-        problems.append(Problem("annotation_entry", f"annotation file {path}", f"is not valid XML ({error})"))
+        problems.append(Problem("annotation_entry", where, f"is not valid XML ({error})"))
     read = [_read_object(element) for element in elements]
-    problems += [Problem.of(fault, f"annotation file {path}") for fault in read if isinstance(fault, Fault)]
+    problems += [Problem.of(fault, where) for fault in read if isinstance(fault, Fault)]
     objects = tuple(item for item in read if isinstance(item, Object))
-    return Picture(f"{folder.name}/JPEGImages/{name}.jpg", path, objects)
+    image = _image_of(listing.images, name, file_name)
+    return Picture(image.relative_to(root).as_posix(), path, objects)
+
+
+def _image_of(folder: Path, name: str, file_name: str) -> Path:
+    """Finds an image: the .jpg of its name, the file that the XML names, or its name with another ending."""
+    usual = folder / f"{name}.jpg"
+    if usual.exists():
+        return usual
+    candidates = [folder / os.path.basename(file_name.replace("\\", "/"))] if file_name else []
+    candidates += [folder / f"{name}{ending}" for lower in IMAGE_EXTENSIONS for ending in (lower, lower.upper())]
+    return next((path for path in candidates if path.is_file()), usual)
 
 
 def _read_object(element: ElementTree.Element) -> Object | Fault:
