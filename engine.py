@@ -138,7 +138,8 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
 
     Returns:
         averages over the images by name, and the evaluator of boxes and masks. The averages hold the twelve COCO numbers
-        of boxes as `coco_eval_bbox` and those of masks as `coco_eval_masks`; for all classes, things and stuff `PQ_all`,
+        of boxes as `coco_eval_bbox` and those of masks as `coco_eval_masks`; for VOC's images also `voc_ap50_11_points` and
+        `voc_ap50_all_points`; for all classes, things and stuff `PQ_all`,
         `PQ_th` and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
     """
     model.eval()
@@ -173,6 +174,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
     stats: Dict[str, Any] = logger.averages()
     for iou_type, evaluation in evaluator.coco_eval.items():
         stats[STATS_OF[iou_type]] = [float(number) for number in evaluation.stats]
+    stats.update({f"voc_ap50_{points}": ap50 for points, ap50 in evaluator.voc_ap50().items()})
     if panoptic:
         panoptic.synchronize_between_processes()
         results = panoptic.summarize()

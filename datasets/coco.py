@@ -365,6 +365,7 @@ class DetectionDataset(Dataset):
             "boxes": boxes.float(),
             "labels": torch.tensor([annotation["category_id"] for annotation in kept], dtype=torch.int64),
             "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
+            "iscrowd": torch.tensor([int(annotation["iscrowd"]) for annotation in kept], dtype=torch.int64),
         }
 
     def _require_objects(self, ground_truth: dict) -> None:
@@ -384,7 +385,6 @@ class DetectionDataset(Dataset):
     def _target(self, index: int, height: int, width: int) -> dict[str, Tensor]:
         mine = slice(self._starts[index], self._starts[index + 1])
         target = {name: values[mine].clone() for name, values in self._objects.items()}
-        target["iscrowd"] = torch.zeros_like(target["labels"])
         boxes = target["boxes"]
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from datasets.coco import class_names, index_ground_truth
+from datasets.voc_ap import all_points_ap, eleven_points_ap, judge
 from util.distributed import all_gather, print_main
 
 __all__ = ["CocoEvaluator"]
@@ -22,7 +23,7 @@ class CocoEvaluator:
     """Collects detections, brings those of all processes together and evaluates them once, with faster-coco-eval.
 
     Only images that were given to `update` count. Objects of the ground truth with `difficult: 1` (Pascal VOC) are
-    ignored: finding them is neither right nor wrong.
+    ignored: finding them, however often, is neither right nor wrong.
 
     Args:
         coco_gt: ground truth.
@@ -88,6 +89,38 @@ class CocoEvaluator:
             evaluation.summarize()
             evaluation.print_function = _say_nothing
             print_main("\n".join(lines[:1 + len(evaluation.stats)]))  # two more numbers than COCO's follow
+        for points, ap50 in self.voc_ap50().items():
+            print_main(f" VOC's AP50 by {points.replace('_', ' ')}: {ap50:.3f}")
+
+    def voc_ap50(self) -> dict[str, float]:
+        """Returns VOC's mean AP50 (0..1, -1 without objects) by "11_points" and by "all_points"; after `accumulate`.
+
+        The 11 points are of COCO's table, every tenth of its 101; the area of all points is by VOC's own rule. Returns {}
+        for a ground truth that isn't VOC's: it doesn't say which objects are difficult.
+        """
+        annotations = self.coco_gt.anns.values()
+        if "bbox" not in self.iou_types or not any("difficult" in annotation for annotation in annotations):
+            return {}
+        evaluation = self.coco_eval["bbox"]
+        at_50 = int(np.flatnonzero(np.isclose(evaluation.params.iouThrs, 0.5))[0])
+        table = evaluation.eval["precision"][at_50, ..., 0, -1]  # recalls, classes
+        eleven = [eleven_points_ap(column) for column in table.T]
+        everything = [self._all_points_ap(category) for category in evaluation.params.catIds]
+        return {"11_points": _mean(np.array(eleven)), "all_points": _mean(np.array(everything))}
+
+    def _all_points_ap(self, category: int) -> float:
+        scores, verdicts, num_objects = [np.zeros(0)], [np.zeros(0, dtype=np.int64)], 0
+        for image_id, found in sorted(self._detections.items()):
+            objects = [annotation for annotation in self.coco_gt.imgToAnns[image_id]
+                       if annotation["category_id"] == category]
+            difficult = np.array([bool(item.get("difficult") or item.get("iscrowd")) for item in objects], dtype=bool)
+            num_objects += int((~difficult).sum())
+            mine = np.flatnonzero(found["labels"] == category)
+            mine = mine[np.argsort(-found["scores"][mine], kind="stable")]
+            boxes = np.array([item["bbox"] for item in objects], dtype=np.float64).reshape(-1, 4)
+            scores.append(found["scores"][mine])
+            verdicts.append(judge(found["bbox"][mine], boxes, difficult))
+        return all_points_ap(np.concatenate(scores), np.concatenate(verdicts), num_objects)
 
     def per_class(self, iou_type: str = "bbox") -> dict[str, tuple[float, float]]:
         """Returns AP and AP50 (0..1) of each class by its name, -1 for classes without objects; after `accumulate`."""
@@ -130,6 +163,7 @@ class _Evaluation(COCOeval_faster):
     def _prepare(self) -> None:
         ground_truth = self.cocoGt
         self._evaluated = set(self.params.imgIds)
+        self._difficult: dict[int, list[dict]] = {}
         self.cocoGt = copy.copy(ground_truth)
         self.cocoGt.anns = {key: self._own(annotation) for key, annotation in ground_truth.anns.items()}
         # Sizes are asked for, but of no use to masks that are run lengths already; panoptic files may lack them.
@@ -141,7 +175,20 @@ class _Evaluation(COCOeval_faster):
         for number, annotation in enumerate(self.cocoGt.anns.values(), start=1):
             annotation["id"] = number
             annotation["ignore"] = annotation.get("ignore", 0) or annotation.get("difficult", 0)
+            if annotation.get("difficult") and not annotation.get("iscrowd", 0):
+                annotation["iscrowd"] = 1  # so that it can be found more than once
+                self._difficult.setdefault(annotation["image_id"], []).append(annotation)
         self.cocoGt = ground_truth
+
+    def computeIoU(self, imgId: int, catId: int) -> list[float] | np.ndarray:
+        """Computes the IoUs of an image's detections and objects; difficult objects are crowds in the matching alone."""
+        difficult = self._difficult.get(imgId, [])
+        for annotation in difficult:
+            annotation["iscrowd"] = 0
+        ious = super().computeIoU(imgId, catId)
+        for annotation in difficult:
+            annotation["iscrowd"] = 1
+        return ious
 
     def _own(self, annotation: dict) -> dict:
         """Copies an annotation; its mask is what the ground truth says, which knows where it is and what is wrong with it."""

@@ -18,6 +18,7 @@ from datasets.coco import (DetectionDataset, check_ground_truth, class_names, fo
                            index_instances, locate, make_coco_transforms, num_classes_of, read_ground_truth,
                            report_left_out, training_categories, transform_sizes)
 from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
+from util.box_ops import masks_to_boxes
 from util.distributed import print_main
 from util.errors import InputError
 
@@ -75,8 +76,8 @@ def is_thing_map(args: argparse.Namespace) -> dict[int, bool]:
 class CocoPanoptic(DetectionDataset):
     """A panoptic data set; samples as in `DetectionDataset`, with an object for every segment, of things and of stuff.
 
-    Boxes and areas are those of the JSON. Crowd segments are not among the targets. Images without annotation are left
-    out.
+    Crowd segments are among the targets, and with masks the boxes are those of the masks (the outermost pixels' indices),
+    as in DETR's program; without masks they are the JSON's. Images without annotation are left out.
 
     Args:
         img_folder: folder of the images.
@@ -125,6 +126,15 @@ class CocoPanoptic(DetectionDataset):
         self.instances: COCO | None = None
         super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
                          training=training, apply_exif=apply_exif, coco=_Segments(Path(ann_folder), ann_file))
+
+    def _is_target(self, annotation: dict) -> bool:
+        return True
+
+    def _target(self, index: int, height: int, width: int) -> dict[str, Tensor]:
+        target = super()._target(index, height, width)
+        if self.return_masks:
+            target["boxes"] = masks_to_boxes(target["masks"])
+        return target
 
     def _masks(self, index: int, height: int, width: int) -> Tensor:
         """Reads the masks of a sample's objects, bool [n, height, width]."""

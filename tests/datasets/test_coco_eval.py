@@ -80,12 +80,19 @@ def pycocotools_stats(ground_truth, predictions, iou_type="bbox"):
 
 
 class IgnoringDifficult(COCOeval):
-    """pycocotools as it would be if a difficult object were to be ignored like a crowd, but with the usual IoU."""
+    """pycocotools as it would be if a difficult object, like a crowd, could be found often, but with the usual IoU."""
 
     def _prepare(self):
+        for annotation in self.cocoGt.anns.values():  # as it was before an earlier evaluation
+            annotation["iscrowd"] = annotation.setdefault("crowd", annotation["iscrowd"])
         super()._prepare()
         for annotation in (annotation for group in self._gts.values() for annotation in group):
             annotation["ignore"] = annotation["ignore"] or annotation.get("difficult", 0)
+
+    def evaluateImg(self, *where):
+        for annotation in (annotation for group in self._gts.values() for annotation in group):
+            annotation["iscrowd"] = annotation["iscrowd"] or annotation.get("difficult", 0)  # all IoUs are known by now
+        return super().evaluateImg(*where)
 
 
 def pycocotools_evaluation(ground_truth, predictions, iou_type="bbox"):

@@ -86,18 +86,24 @@ def open_set(world, **changes):
                         world.root / "annotations/panoptic_train2017.json", **changes)
 
 
+def box_of(mask):
+    """The outermost pixels of a mask, x0, y0, x1, y1."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    return [int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())]
+
+
 def test_things_and_stuff_become_objects_with_masks(world):
     dataset = open_set(world)
     assert dataset.ids == [4, 8]
     image, target = dataset[1]
     assert image.shape == (3, HEIGHT, WIDTH)
-    assert target["labels"].tolist() == [5, 2, 30], "in the file's order, without the crowd"
-    assert target["boxes"].tolist() == [[0, 10, 29, 20], [4, 8, 10, 12], [0, 0, 29, 10]]
-    assert target["area"].tolist() == [10 * 29 - 12, 24, 10 * 29 - 12 - 18]
-    assert target["iscrowd"].tolist() == [0, 0, 0] and target["image_id"].tolist() == [8]
-    assert target["masks"].dtype == torch.bool
+    assert target["labels"].tolist() == [5, 2, 9, 30], "in the file's order, with the crowd"
     ids = torch.from_numpy(picture_ids())
-    for mask, segment_id in zip(target["masks"], (WATER, BOAT, SKY)):
+    assert target["boxes"].tolist() == [[0, 10, 28, 19], [4, 8, 9, 11], box_of(ids == FLOCK), [0, 0, 28, 9]]
+    assert target["area"].tolist() == [10 * 29 - 12, 24, int((ids == FLOCK).sum()), 10 * 29 - 12 - 18]
+    assert target["iscrowd"].tolist() == [0, 0, 1, 0] and target["image_id"].tolist() == [8]
+    assert target["masks"].dtype == torch.bool
+    for mask, segment_id in zip(target["masks"], (WATER, BOAT, FLOCK, SKY)):
         assert torch.equal(mask, ids == segment_id)
     assert not target["masks"][:, :, -1].any(), "void belongs to nobody"
 
@@ -109,7 +115,8 @@ def test_masks_are_decoded_only_when_asked_for(world):
     (world.root / "panoptic_train2017").rmdir()
     without = open_set(world, return_masks=False)[1][1]
     assert set(with_masks) - set(without) == {"masks"}
-    assert all(torch.equal(without[name], with_masks[name]) for name in without)
+    assert all(torch.equal(without[name], with_masks[name]) for name in without if name != "boxes")
+    assert without["boxes"].tolist()[:2] == [[0, 10, 29, 20], [4, 8, 10, 12]], "those of the JSON"
     with pytest.raises(InputError, match="folder .*panoptic_train2017 of the segments' PNGs does not exist"):
         open_set(world)
 
@@ -166,11 +173,11 @@ def test_own_names(world):
     (world.root / "panoptic_train2017").rename(world.root / "own")
     (world.root / "train2017").rename(world.root / "pictures")
     flags = dict(train_images="pictures", train_annotations="annotations/own.json")
-    assert build_dataset("train", arguments(world.root, **flags))[1][1]["masks"].shape[0] == 3
+    assert build_dataset("train", arguments(world.root, **flags))[1][1]["masks"].shape[0] == 4
     (world.root / "own").rename(world.root / "annotations/own")
     absolute = {name: str(world.root / path) for name, path in flags.items()}
     args = arguments(None, coco_path=None, coco_panoptic_path=None, **absolute)
-    assert build_dataset("train", args)[1][1]["masks"].shape[0] == 3
+    assert build_dataset("train", args)[1][1]["masks"].shape[0] == 4
     assert is_thing_map(args)[2]
     with pytest.raises(InputError, match="--coco_panoptic_path is needed, .*, or --val_annotations"):
         build_dataset("val", args)
@@ -200,7 +207,7 @@ def test_boxes_are_evaluated_on_the_instances_where_they_are_there(world):
     (world.root / "annotations/instances_val2017.json").write_text(json.dumps(instances_file()))
     dataset = build_dataset("val", arguments(world.root))
     assert list(get_coco_api_from_dataset(dataset).anns) == [5]
-    assert dataset[1][1]["labels"].tolist() == [5, 2, 30], "targets stay the segments"
+    assert dataset[1][1]["labels"].tolist() == [5, 2, 9, 30], "targets stay the segments"
 
 
 @pytest.mark.parametrize("other", [instances_file(image_ids=(8,)), instances_file(category_id=5),

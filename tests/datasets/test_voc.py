@@ -1,11 +1,12 @@
 """The VOC data set on a small VOCdevkit written by hand."""
 import argparse
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, voc
+from datasets import build_dataset, get_coco_api_from_dataset, num_classes_and_names, voc, voc_ap
 from datasets.coco_eval import CocoEvaluator
 from util.errors import InputError
 
@@ -188,3 +189,56 @@ def test_class_beyond_num_classes_is_refused(devkit):
     message = r"annotation id 1 \(image VOC2007/JPEGImages/000005.jpg\) .* has category_id 15"
     with pytest.raises(InputError, match=message):
         build_dataset("train", arguments(devkit.root, num_classes=10))
+
+
+def test_all_detections_of_a_difficult_object_are_ignored(devkit):
+    """Three detections of the difficult dog come first, then the other dog: its AP is 1 all the same."""
+    dataset = build_dataset("val", arguments(devkit.root))
+    boxes = [[40, 20, 60, 40], [40, 20, 60, 40], [41, 20, 60, 40], [10, 5, 30, 15]]
+    dog = voc.VOC_CLASSES.index("dog") + 1
+    evaluator = CocoEvaluator(get_coco_api_from_dataset(dataset), ["bbox"])
+    evaluator.update({1: detections(boxes, [0.9, 0.8, 0.7, 0.6], [dog] * 4)})
+    evaluator.accumulate()
+    evaluator.summarize()
+    assert evaluator.per_class()["dog"][1] == pytest.approx(1.0)
+    # Two classes have objects: the dog is found, the cat is not.
+    assert evaluator.voc_ap50() == {"11_points": pytest.approx(0.5), "all_points": pytest.approx(0.5)}
+
+
+def test_average_precision_by_eleven_and_by_all_points():
+    """Right, wrong, right of 3 objects: precision 1 up to recall 1/3, 2/3 up to 2/3, then 0."""
+    scores, verdicts = np.array([0.9, 0.8, 0.7, 0.6]), np.array([1, 0, 1, -1])
+    assert voc_ap.all_points_ap(scores, verdicts, 3) == pytest.approx((1 + 2 / 3) / 3)
+    precision = np.where(np.arange(101) <= 33, 1, np.where(np.arange(101) <= 66, 2 / 3, 0))
+    assert voc_ap.eleven_points_ap(precision) == pytest.approx((4 + 3 * 2 / 3) / 11)
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 10, 10], [51, 50, 10, 10], [90, 0, 5, 5]])
+    objects = np.array([[0, 0, 10, 10], [50, 50, 10, 10]])
+    assert voc_ap.judge(boxes, objects, np.array([False, True])).tolist() == [1, 0, -1, -1, 0]
+
+
+def test_other_layouts_are_read(tmp_path):
+    """A year's folder itself, names with blanks, images of other endings or names, and XML files beside images."""
+    def picture(path, annotation, name=""):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        annotation.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 40)).save(path)
+        text = xml([("cat", 0, 1, 1, 10, 10)]).replace("<size>", f"<filename>{name}</filename><size>")
+        annotation.write_text(text, encoding="utf-8-sig")
+
+    year = tmp_path / "year"
+    picture(year / "JPEGImages/a photo 1.png", year / "Annotations/a photo 1.xml")
+    picture(year / "JPEGImages/other.bmp", year / "Annotations/b.xml", "other.bmp")
+    picture(year / "JPEGImages/c.JPG", year / "Annotations/c.xml", "absent.jpg")
+    (year / "ImageSets/Main").mkdir(parents=True)
+    for part in ("train", "val"):
+        (year / f"ImageSets/Main/{part}.txt").write_text("a photo 1\nb\nc  -1\n", encoding="utf-8-sig")
+    beside = tmp_path / "beside"
+    picture(beside / "train/x.png", beside / "train/x.xml")
+    picture(beside / "valid/y.png", beside / "valid/y.xml")
+    for root, parts in ((year, {"train": 3, "val": 3}), (beside, {"train": 1, "val": 1}),
+                        (beside / "train", {"train": 1, "val": 1})):
+        for part, count in parts.items():
+            dataset = build_dataset(part, arguments(root, eval=part == "val"))
+            assert len(dataset) == count
+            for index in range(count):
+                assert dataset[index][1]["boxes"].shape == (1, 4)
