@@ -93,6 +93,8 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
             logger.update(overflow=reduced.pop("overflow"))
         _log(logger, reduced, criterion.weight_dict)
         logger.update(lr=optimizer.param_groups[0]["lr"])
+        if gradient_norm is not None:  # a step that float16 overflowed in, which is passed over, counts as 0
+            logger.update(grad_norm=gradient_norm.detach().float().nan_to_num(0.0, 0.0, 0.0))
         if on_line and (step % PRINT_FREQ == 0 or step == length - 1):
             on_line(step, logger)  # waits for the device: figures are read
         if on_step and last_of_group:
@@ -120,7 +122,7 @@ def _log(logger: MetricLogger, losses: Dict[str, Tensor], weights: Dict[str, flo
     for name, value in losses.items():
         if name in weights:
             logger.meters[name].update(value, weight=weights[name])
-    logger.update(**{f"{name}_unscaled": value for name, value in losses.items() if name not in ("loss", "class_error")})
+    logger.update(**{f"{name}_unscaled": value for name, value in losses.items() if name != "loss"})
 
 
 @torch.no_grad()
@@ -138,8 +140,9 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
 
     Returns:
         averages over the images by name, and the evaluator of boxes and masks. The averages hold the twelve COCO numbers
-        of boxes as `coco_eval_bbox` and those of masks as `coco_eval_masks`; for VOC's images also `voc_ap50_11_points` and
-        `voc_ap50_all_points`; for all classes, things and stuff `PQ_all`,
+        of boxes as `coco_eval_bbox` and those of masks as `coco_eval_masks`, and by the name of each class its [AP, AP50]
+        as `coco_eval_bbox_per_class` and so on; for VOC's images also `voc_ap50_11_points` and `voc_ap50_all_points`; for
+        all classes, things and stuff `PQ_all`,
         `PQ_th` and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
     """
     model.eval()
@@ -174,6 +177,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
     stats: Dict[str, Any] = logger.averages()
     for iou_type, evaluation in evaluator.coco_eval.items():
         stats[STATS_OF[iou_type]] = [float(number) for number in evaluation.stats]
+        stats[f"{STATS_OF[iou_type]}_per_class"] = {name: list(figures) for name, figures in evaluator.per_class(iou_type).items()}
     stats.update({f"voc_ap50_{points}": ap50 for points, ap50 in evaluator.voc_ap50().items()})
     if panoptic:
         panoptic.synchronize_between_processes()

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import functools
 import inspect
+import os
 import secrets
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import util.openmp  # noqa: F401  (before torch)
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -28,25 +30,26 @@ from models.detreg import HEADS
 from models.from_checkpoint import model_flags
 from util import recipes
 from util.checkpoint import (load_checkpoint, load_model_strictly, load_pretrained, model_state,
-                             num_outputs, stored_flags)
+                             num_outputs, save_checkpoint, stored_flags)
 from util.distributed import (all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, print_main,
                               shutdown)
 from util.errors import InputError, run_program
 from util.host_memory import keep_freed_memory, largest_memory_mb
 from util.keeper import Keeper
-from util.misc import collate_fn
+from util.misc import collate_fn, get_sha
 from util.progress import Progress
 from util.saving import claimed
 from util.schedule import build_scheduler
 from util.signals import REACTIONS, SignalListener, shield_worker
 from util.summary import evaluation_summary, training_summary
-from util.training_state import TrainingState, append_log, find_resume, open_log
+from util.training_state import TrainingState, append_log, find_resume, open_log, plain_args, write_json
 
 # Flags that go on from a checkpoint where its training is continued; those of a model that --pretrain leaves behind; and
 # those that an evaluation may change.
 CONTINUED = ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "lr_drop", "lr_drop_epochs", "start_epoch")
 WHOLE_ALONE = ("masks", "mask_softmax", "feature_recon", "query_shuffle", "no_attention_mask")
 OPEN_IN_EVALUATION = ("dilation", "position_embedding_scale", "position_from_centre", "mask_softmax", "num_queries")
+MOST_CLASSES_SHOWN = 20  # on the console; log.txt has all
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -303,20 +306,34 @@ class Evaluation:
         stats, evaluator = evaluate(model, self.criterion, self.postprocessors, loader,
                                     get_coco_api_from_dataset(self.dataset), self.device, self.args.output_dir,
                                     amp_dtype=AMP_TYPES.get(self.args.amp))
-        if self.args.eval:
-            for iou_type in evaluator.iou_types:
-                _print_per_class(evaluator.per_class(iou_type), iou_type)
+        for iou_type in evaluator.iou_types:
+            _print_per_class(evaluator.per_class(iou_type), iou_type)
+        if self.args.eval and self.args.output_dir and is_main_process():
+            save_checkpoint(plain_tables(evaluator.coco_eval["bbox"].eval), os.path.join(self.args.output_dir, "eval.pth"))
         if "PQ_all" in stats:
             return stats, stats["PQ_all"]["pq"]
         return stats, stats["coco_eval_masks" if self.args.masks else "coco_eval_bbox"][0]
 
 
 def _print_per_class(results: Dict[str, Any], iou_type: str) -> None:
-    """Print each class's AP and AP50 of boxes or masks in percent; "-" for a class without objects."""
-    width = max(map(len, results), default=0)
-    for name, figures in results.items():
+    """Print the AP and AP50 of boxes or masks in percent of the first classes; "-" for a class without objects."""
+    shown = dict(list(results.items())[:MOST_CLASSES_SHOWN])
+    width = max(map(len, shown), default=0)
+    for name, figures in shown.items():
         ap, ap50 = (f"{100 * figure:5.1f}" if figure >= 0 else "    -" for figure in figures)
         print_main(f"{name:{width}}  {iou_type} AP {ap}  AP50 {ap50}")
+    if len(results) > len(shown):
+        print_main(f"… and {len(results) - len(shown)} more classes")
+
+
+def plain_tables(tables: Dict[str, Any]) -> Dict[str, Any]:
+    """COCO's tables of an evaluation with tensors and plain types alone, for a file: `params`, `counts`, `date`,
+    `precision`, `recall`, `scores`."""
+    def plain(value: Any) -> Any:
+        return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+    parameters = {name: plain(value) for name, value in vars(tables["params"]).items()}
+    parameters.update({name: [int(item) for item in parameters[name]] for name in ("imgIds", "catIds")})
+    return {"params": parameters, **{name: plain(tables[name]) for name in ("counts", "date", "precision", "recall", "scores")}}
 
 
 def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluation: Optional[Evaluation],
@@ -332,6 +349,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
     keeper = Keeper(state, args, loader.batch_sampler, listener, last_step)
     if args.output_dir and is_main_process():
         open_log(args.output_dir, state.epoch)
+    print_main("Start training")
     start = time.perf_counter()
     for epoch in range(state.epoch, args.epochs):
         began = keeper.start_epoch(epoch)
@@ -349,7 +367,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
                 state.best = figure
                 files.append("checkpoint_best.pth")
         state.lr_scheduler.step()  # after the evaluation: one that is broken off belongs to the epoch that is continued
-        if epoch + 1 in state.lr_scheduler.drop_epochs or (epoch + 1) % 100 == 0:
+        if epoch + 1 in state.lr_scheduler.drop_epochs or (epoch + 1) % keep_every(args) == 0:
             files.append(f"checkpoint{epoch:04}.pth")
         line = {**{f"train_{name}": value for name, value in train_stats.items()},
                 **{f"test_{name}": value for name, value in test_stats.items()}, **_unreadable(dataset),
@@ -363,6 +381,13 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
     progress.close()
     seconds = int(time.perf_counter() - start)
     print_main(f"Training time {datetime.timedelta(seconds=seconds)}, largest memory {largest_memory_mb():.0f} MB")
+
+
+def keep_every(args: argparse.Namespace) -> int:
+    """After how many epochs the published program of a training keeps a checkpoint for good."""
+    if args.dataset_file == "imagenet":
+        return 20
+    return 5 if args.model == "deformable_detr" or args.dataset_file == "regions" else 100
 
 
 def _unreadable(dataset: Any) -> Dict[str, int]:
@@ -503,7 +528,10 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
     agree_on_seed(args, checkpoint)
     follow_checkpoint(args, checkpoint)
     class_names, things = describe_classes(args, checkpoint)
+    print_main(f"git:\n  {get_sha()}\n")
     print_main(recipes.describe(args))
+    if args.output_dir and is_main_process():
+        write_json(os.path.join(args.output_dir, "args.json"), plain_args(args))
     if args.overfit:
         print_main(f"overfit: training and evaluation see the first {args.overfit} training images, not augmented")
     device = torch.device(args.device)
@@ -512,6 +540,7 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
     keep_freed_memory()
     torch.manual_seed(args.seed)
     model, criterion, postprocessors = build_model(args, things)
+    print_main("number of params:", sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
     optimizer = build_optimizer(model, args)
     state = TrainingState(model, optimizer, build_scheduler(optimizer, args),
                           torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"), class_names, args.start_epoch,

@@ -1,4 +1,7 @@
 """Batches of images of different sizes, and small helpers; also the one place from which users import util's names."""
+import contextlib
+import subprocess
+from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
@@ -11,7 +14,7 @@ from util.errors import InputError
 from util.metric_logger import MetricLogger, SmoothedValue
 
 __all__ = ["InputError", "MetricLogger", "NestedTensor", "SmoothedValue", "accuracy", "all_gather", "barrier", "collate_fn",
-           "get_rank", "get_world_size", "init_distributed_mode", "interpolate", "inverse_sigmoid",
+           "get_rank", "get_sha", "get_world_size", "init_distributed_mode", "interpolate", "inverse_sigmoid",
            "is_dist_avail_and_initialized", "is_main_process", "nested_tensor_from_tensor_list", "print_main", "reduce_dict"]
 
 
@@ -104,3 +107,16 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of values in 0..1, which are first moved at least `eps` away from both ends."""
     x = x.clamp(min=0, max=1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def get_sha() -> str:
+    """Say which version of this repository runs: commit, uncommitted changes, branch; "N/A" where git doesn't know."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+                              timeout=30).stdout.strip()
+    sha, status, branch = "N/A", "clean", "N/A"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        sha = git("rev-parse", "HEAD")
+        status = "has uncommited changes" if git("diff-index", "HEAD") else "clean"
+        branch = git("rev-parse", "--abbrev-ref", "HEAD")
+    return f"sha: {sha}, status: {status}, branch: {branch}"

@@ -85,7 +85,10 @@ def _writer(output_dir: str, first_step: int) -> Any:
 def _scalars(figures: Dict[str, Any]) -> Iterator[Tuple[str, float]]:
     """The numbers in a line of log.txt by name; those of COCO's evaluation are called `test_bbox_AP` and so on."""
     for name, value in figures.items():
-        if name.startswith("test_coco_eval_"):
+        if name.endswith("_per_class"):
+            kind = name.removeprefix("test_coco_eval_").removesuffix("_per_class")
+            yield from ((f"test_{kind}_AP_per_class/{label}", numbers[0]) for label, numbers in value.items())
+        elif name.startswith("test_coco_eval_"):
             kind = name.removeprefix("test_coco_eval_")
             yield from ((f"test_{kind}_{field}", value[i]) for field, i in COCO_FIELDS.items() if field != "mAP")
         elif isinstance(value, dict):

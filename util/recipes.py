@@ -70,6 +70,11 @@ _OF_TRAINING: Dict[Tuple[str, str], Dict[str, Default]] = {
     ("deformable_detr", "regions"): {**_DEFORMABLE, **_REGIONS, "epochs": 50},
 }
 RECIPES = {training: {**COMMON, **defaults} for training, defaults in _OF_TRAINING.items()}
+PARSER_DEFAULTS = {  # of flags whose default is the same in all trainings and never told by a checkpoint
+    "clip_max_norm": 0.1, "accumulate_steps": 1, "dropout": 0.1, "set_cost_bbox": 5, "set_cost_giou": 2,
+    "bbox_loss_coef": 5, "giou_loss_coef": 2, "aux_loss": True, "seed": 42, "reset_embedding_layer": 1, "eval_every": 1,
+    "save_every": 1, "world_size": 1, "dist_timeout": 1800, "dist_url": "env://",
+}
 MODELS = {"detr": "DETR", "deformable_detr": "Deformable DETR"}
 DATASETS = {"coco": "COCO-format data", "coco_panoptic": "COCO-format panoptic data", "voc": "Pascal VOC",
             "imagenet": "images without labels", "regions": "regions of images without labels"}
@@ -283,8 +288,21 @@ def require_data(args: argparse.Namespace) -> None:
 
 
 def describe(args: argparse.Namespace) -> str:
-    """The training's name and all flags with their resolved values, for the start of the log."""
-    flags = "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if name not in BOOKKEEPING)
+    """The training's name, the flags that differ from their defaults, and all with their values, for the start of the log."""
+    flags = {name: value for name, value in sorted(vars(args).items()) if name not in BOOKKEEPING}
     training = TITLES.get(args.dataset_file, "{model} on {data}").format(model=MODELS[args.model],
                                                                         data=DATASETS[args.dataset_file])
-    return f"{training}\n{flags}"
+    changed = {name: value for name, value in flags.items()
+               if (name in args.given or name in RECIPES[args.model, args.dataset_file] and name != "num_workers")
+               and value != _default(args, name)
+               and not (value in ("", False) and _default(args, name) is None)}
+    return "\n".join([training, "differing from the defaults: " + (_pairs(changed) or "nothing"), _pairs(flags)])
+
+
+def _default(args: argparse.Namespace, name: str) -> Any:
+    default = RECIPES[args.model, args.dataset_file].get(name, PARSER_DEFAULTS.get(name))
+    return default(args) if callable(default) else default
+
+
+def _pairs(flags: Dict[str, Any]) -> str:
+    return "  ".join(f"{name}={value}" for name, value in flags.items())

@@ -210,6 +210,15 @@ def append_log(output_dir: str, stats: Dict[str, Any]) -> None:
         os.fsync(file.fileno())  # before the checkpoint that follows this epoch
 
 
+def write_json(path: str, content: Any) -> None:
+    """Write a file anew, by way of another name."""
+    with _writing(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path + ".tmp", "w") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+        os.replace(path + ".tmp", path)
+
+
 @contextlib.contextmanager
 def _writing(path: str) -> Iterator[None]:
     try:

@@ -331,7 +331,8 @@ def test_own_files_are_data_too():
 
 def test_the_start_of_the_log_names_every_value():
     args = resolved("--imagenet_path", "images", "--num_patches", 5)
-    title, values = recipes.describe(args).splitlines()
+    title, changed, values = recipes.describe(args).splitlines()
+    assert changed == "differing from the defaults: device=cpu  imagenet_path=images  num_patches=5"
     assert title == "UP-DETR pre-training"
     expected = {"epochs=60", "lr_drop=40", "eos_coef=0.05", "num_patches=5", "imagenet_path=images"}
     assert expected <= set(values.split("  "))
@@ -399,3 +400,8 @@ def test_unknown_data_sets_and_shortened_flags_are_refused(capsys):
         with pytest.raises(SystemExit):
             parse(*flags)
     assert "invalid choice: 'lvis'" in capsys.readouterr().err
+
+
+def test_defaults_that_all_trainings_share_are_the_parsers():
+    args = get_args_parser().parse_args([])
+    assert recipes.PARSER_DEFAULTS == {name: getattr(args, name) for name in recipes.PARSER_DEFAULTS}
