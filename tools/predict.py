@@ -27,12 +27,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datasets.checks import ground_truth_problems, raise_first
 from datasets.coco import class_names, make_coco_transforms, read_ground_truth
 from datasets.image_io import UnreadableImage, read_image
 from datasets.pretext import list_images
 from models import build_postprocess
 from models.segmentation import PostProcessPanoptic, PostProcessSegm
-from tools.drawing import distinct_colour, draw_boxes, side_by_side
+from tools.drawing import LARGEST_SIDE, distinct_colour, draw_boxes, side_by_side
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
 from tools.output import refuse_others, remember, write_json_lines, writing
 from tools.views import ObjectView, PanopticView, Style, draw_entries, name_of, save_picture
@@ -168,11 +169,12 @@ class TrueObjects:
     """The objects that a COCO-format annotation file has for images, which are told by the ends of their paths.
 
     Raises:
-        InputError: the file isn't one.
+        InputError: the file isn't one, or something in it is wrong.
     """
 
     def __init__(self, annotation_file: str) -> None:
         truth = read_ground_truth(annotation_file)
+        raise_first(ground_truth_problems(truth, annotation_file, num_classes=sys.maxsize))
         names = class_names(truth)
         objects: Dict[int, List[Dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
         for found in truth["annotations"]:
@@ -273,6 +275,8 @@ def main(args: argparse.Namespace) -> None:
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold} is not within 0 and 1")
     require_at_least_one(args, "batch_size", "val_size", "max_size", "max_detections", "line_width")
+    if args.line_width is not None and args.line_width > LARGEST_SIDE:
+        raise InputError(f"--line_width {args.line_width} is more than pictures have pixels ({LARGEST_SIDE})")
     true = TrueObjects(args.annotations) if args.annotations else None
     sources = find_images(args.images, args.output_dir)
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
