@@ -47,7 +47,7 @@ from util.training_state import TrainingState, append_log, find_resume, open_log
 # Flags that go on from a checkpoint where its training is continued; those of a model that --pretrain leaves behind; and
 # those that an evaluation may change.
 CONTINUED = ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "lr_drop", "lr_drop_epochs", "start_epoch")
-WHOLE_ALONE = ("masks", "mask_softmax", "feature_recon", "query_shuffle", "no_attention_mask")
+WHOLE_ALONE = ("two_stage", "masks", "mask_softmax", "feature_recon", "query_shuffle", "no_attention_mask")
 OPEN_IN_EVALUATION = ("dilation", "position_embedding_scale", "position_from_centre", "mask_softmax", "num_queries")
 MOST_CLASSES_SHOWN = 20  # on the console; log.txt has all
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -455,6 +455,8 @@ def follow_checkpoint(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> N
             if "lr_drop_epochs" in args.given:
                 told.pop("lr_drop", None)
     recipes.follow(args, told)
+    if told.get("position_from_centre") and args.position_from_centre and "position_from_centre" not in args.given:
+        print_main(f"positions count to a pixel's centre, as in {getattr(args, flag)}")
 
 
 def _refuse_contradictions(args: argparse.Namespace, told: Dict[str, Any], stored: Dict[str, Any], where: str) -> None:

@@ -33,6 +33,9 @@ def test_the_checkpoint_tells_the_shape(start, flags):
     first, checkpoint = trained(*flags)
     args = parse(start, "a.pth", "--num_classes", 3, "--load_backbone", "none")
     main.follow_checkpoint(args, checkpoint)
+    if start == "--pretrain" and "--two_stage" in flags:  # no flag could say otherwise: it has to be given
+        assert not args.two_stage
+        return
     assert {name: getattr(args, name) for name in SHAPE} == {name: getattr(first, name) for name in SHAPE}
     assert args.lr == first.lr and args.set_cost_class == first.set_cost_class  # defaults of the model that it is
     build_model(args)[0].load_state_dict(checkpoint["model"])
