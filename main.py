@@ -525,6 +525,7 @@ def main(args: argparse.Namespace, reactions: Mapping[int, str] = REACTIONS,
 
 def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optional[Tuple[int, int]]) -> None:
     """`main`, once the processes have found each other and the output directory is theirs."""
+    goes_on = args.resume == "auto"
     args.resume = find_resume(args)
     checkpoint = read_start(args)
     agree_on_seed(args, checkpoint)
@@ -549,6 +550,8 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
                           is_thing_map=things)
     torch.manual_seed(args.seed + get_rank())  # from here on processes draw their own dropout
     initial_weights(state, checkpoint, args)
+    if goes_on and checkpoint:  # else a run begins, whose checkpoints come before those of earlier ones in the folder
+        state.run = str(checkpoint.get("run", ""))
     compile_parts(model, args)
     del checkpoint  # a training would keep its memory to the end
 

@@ -29,6 +29,7 @@ HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,64})\.")
 # How torch's weights-only loader says that a pickle names something it would have to import or call.
 NAMED = re.compile(r"(?:GLOBAL|global:?|class) ([a-zA-Z_][\w.]*\.[\w.]*\w)")  # … and which it is
 NOT_PLAIN = re.compile(r"Unsupported (global|class)|unsupported GLOBAL|unrecognized function", re.IGNORECASE)
+NO_MEMORY = re.compile(r"(can\'t|Cannot|could not) allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
 
 
 def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
@@ -54,13 +55,27 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
             named = NAMED.search(str(error))
             raise InputError(f"{_given(flag, path)}: refused, since it holds Python objects other than tensors and plain data, "
                              f"which could execute code when loaded{f' ({named[1]})' if named else ''}") from error
+        unread = _why_unread(path, error)
+        if unread:
+            raise InputError(f"{given}: can't be read now ({unread})") from error
         if downloaded:  # else the next run would find the same broken file
             os.remove(path)
         raise InputError(f"{given}: not a checkpoint, or damaged "
-                         f"({type(error).__name__}: {_first_sentence(error)})") from error
+                         f"({type(error).__name__}: {first_sentence(error)})") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{_given(flag, path)}: a checkpoint is a dict, this holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def _why_unread(path: str, error: Exception) -> str:
+    """Why a file that could not be loaded can't be read just now; "" if it can, so that what is in it is wrong."""
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        return "memory ran out"
+    try:
+        _read_through(path)
+    except OSError as now:
+        return now.strerror or str(now)
+    return ""
 
 
 def load_plain(path: str, mmap: bool = False) -> Any:
@@ -94,7 +109,7 @@ def _download(url: str, flag: str) -> str:
             with open(source, "w") as file:
                 file.write(url)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"{flag.rstrip('=')}: {url} could not be downloaded ({_first_sentence(error)}); "
+        raise InputError(f"{flag.rstrip('=')}: {url} could not be downloaded ({first_sentence(error)}); "
                          f"fetch it on another machine and pass {_given(flag, 'FILE')}") from error
     finally:
         socket.setdefaulttimeout(previous)
@@ -111,7 +126,8 @@ def _read(path: str) -> str:
         return file.read()
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of what an error says, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
@@ -146,7 +162,7 @@ def save_checkpoint(checkpoint: Dict[str, Any], path: str, previous: str = "") -
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         good = next((name for name in (path, previous) if name and os.path.exists(name)), None)
         kept = f"; the earlier {good} is intact" if good else ""
-        raise InputError(f"could not write the checkpoint {path} ({_first_sentence(reason)}){kept}") from error
+        raise InputError(f"could not write the checkpoint {path} ({first_sentence(reason)}){kept}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -154,7 +170,11 @@ def save_checkpoint(checkpoint: Dict[str, Any], path: str, previous: str = "") -
 
 def is_whole(path: str) -> bool:
     """Whether every part of a file that torch wrote is there and has the checksum that was stored with it. In the format
-    of before torch 1.6, which has no checksums: whether it can be loaded."""
+    of before torch 1.6, which has no checksums: whether it can be loaded.
+
+    Raises:
+        OSError, MemoryError: if the file can't be read just now, which says nothing of what is in it.
+    """
     try:
         with open(path, "rb") as file:
             if file.read(2) != b"PK":
@@ -162,12 +182,28 @@ def is_whole(path: str) -> bool:
                 return True
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # a damaged file can make the readers raise anything
+    except MemoryError:
+        raise
+    except Exception:  # a damaged file can make the readers raise anything, OSError too
+        _read_through(path)
         return False
+
+
+def _read_through(path: str) -> None:
+    """Read every byte of a file.
+
+    Raises:
+        OSError: if it can't be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        while file.read(2 ** 20):
+            pass
 
 
 def _keep(path: str, previous: str) -> None:
     """Let a file also be called `previous`, or only so where a file can't have two names. There always is one of them."""
+    if os.path.exists(previous) and os.path.samefile(path, previous):  # so left by a run that was killed right here
+        return
     temporary = f"{previous}.{os.getpid()}.tmp"
     try:
         os.link(path, temporary)

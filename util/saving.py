@@ -3,19 +3,22 @@ import contextlib
 import fcntl
 import glob
 import os
+import re
 import socket
+import stat
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor
 
-from util.checkpoint import is_whole, load_plain, save_checkpoint
+from util.checkpoint import first_sentence, is_whole, load_plain, save_checkpoint
 from util.distributed import all_gather, is_main_process, print_main
 from util.errors import InputError
 
 LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 LOCK = ".lock"
+OWN_NAME = re.compile(r"checkpoint(_previous|_best|\d{4,})?\.pth")
 
 
 class Saver:
@@ -130,34 +133,108 @@ def _lock(output_dir: str) -> Any:
 
 
 def saved_checkpoints(output_dir: str) -> List[str]:
-    """A run's checkpoints in its output directory; first the one that it goes on from if nothing happened to it."""
-    found = sorted(glob.glob(os.path.join(glob.escape(output_dir), "checkpoint*.pth")))
-    return sorted(found, key=lambda path: (os.path.basename(path) != LAST, os.path.basename(path) != PREVIOUS))
+    """Paths of a run's checkpoints in its output directory, those with the names that a training gives them; first the one
+    that it goes on from if nothing happened to it.
+
+    Raises:
+        InputError: if the folder exists but can't be listed.
+    """
+    try:
+        names = [name for name in os.listdir(output_dir) if OWN_NAME.fullmatch(name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir} can't be listed ({error.strerror})") from error
+    names.sort(key=lambda name: (name != LAST, name != PREVIOUS, name))
+    return [os.path.join(output_dir, name) for name in names]
+
+
+class _Saved(NamedTuple):
+    """How far a checkpoint is; `run` tells trainings apart that were started anew in the same folder."""
+
+    path: str
+    run: str
+    saved_at: float  # seconds, by the clock of then
+    place: Tuple[int, int]  # last whole epoch, steps of the next
 
 
 def newest_checkpoint(output_dir: str) -> str:
-    """The latest saved of a run's checkpoints that is whole, or "" if there is none.
+    """The most advanced of a run's checkpoints that is whole, or "" if the run has none yet.
 
-    Damaged ones that would come before it are named and moved out of the way, to NAME.damaged.
+    Epochs and steps decide, since clocks may be set back; the clock only says which of several runs was the last. Damaged
+    checkpoints are moved out of the way, to NAME.damaged, and those that can't be read just now are left as they are.
+
+    Raises:
+        InputError: if there are checkpoints and none of them can be used; all are then left as they are.
     """
-    found = {path: _saved_at(path) for path in saved_checkpoints(output_dir)}
-    # One that can't be read may have been the latest: it is looked at, and reported, first. The order of equals stays.
-    for path in sorted(found, key=lambda path: -(found[path] if found[path] is not None else float("inf"))):
-        if found[path] is not None and is_whole(path):
-            return path
+    found, damaged, unread = _look_at(saved_checkpoints(output_dir))
+    last_of_run: Dict[str, float] = {}
+    for one in found:
+        last_of_run[one.run] = max(one.saved_at, last_of_run.get(one.run, one.saved_at))
+    # The order of equals stays.
+    for one in sorted(found, key=lambda one: (last_of_run[one.run], one.run, one.place), reverse=True):
+        whole = _is_whole_or_unread(one.path, unread)
+        if whole:
+            _say_unread(unread)
+            for path in damaged:
+                _move_away(path)
+            return one.path
+        if whole is False:
+            damaged.append(one.path)
+    if not damaged and not unread:
+        return ""
+    reasons = {**unread, **{path: "damaged" for path in damaged}}
+    listed = "; ".join(f"{os.path.basename(path)}: {reason}" for path, reason in reasons.items())
+    raise InputError(f"--resume auto: no checkpoint in {output_dir} can be used ({listed}); they were left as they are: mend "
+                     "what keeps them from being read, or move them away, or give another --output_dir, to start afresh")
+
+
+def _look_at(paths: Sequence[str]) -> Tuple[List[_Saved], List[str], Dict[str, str]]:
+    """Of checkpoints those that say how far they are, those that are damaged, and why others can't be read."""
+    found: List[_Saved] = []
+    damaged: List[str] = []
+    unread: Dict[str, str] = {}
+    for path in paths:
         try:
-            os.replace(path, path + ".damaged")
-        except OSError as error:
-            raise InputError(f"{path} is damaged and could not be moved away ({error.strerror})") from error
-        print_main(f"resume: {path} is damaged, it is now called {os.path.basename(path)}.damaged")
-    return ""
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                continue  # a folder, say: no training made it
+            found.append(_read_place(path))
+        except Exception as error:  # a damaged file can make the unpickler raise anything
+            whole = _is_whole_or_unread(path, unread)
+            if whole is False:
+                damaged.append(path)
+            elif whole:  # all bytes are as they were written: memory ran out, say, or another program wrote it
+                unread[path] = first_sentence(error)
+    return found, damaged, unread
 
 
-def _saved_at(path: str) -> Optional[float]:
-    """When a checkpoint was saved, by itself or else by the file system, in seconds; None if it can't be read."""
+def _is_whole_or_unread(path: str, unread: Dict[str, str]) -> Optional[bool]:
+    """`is_whole`; None, with the reason in `unread`, if the file can't be read just now."""
     try:
-        zipped = zipfile.is_zipfile(path)  # only then can it be read without its tensors
-        checkpoint = load_plain(path, mmap=zipped)
-        return float(checkpoint.get("saved_at") or os.path.getmtime(path))
-    except Exception:  # a damaged file can make the unpickler raise anything
+        return is_whole(path)
+    except (OSError, MemoryError) as error:
+        unread[path] = getattr(error, "strerror", None) or first_sentence(error)
         return None
+
+
+def _say_unread(unread: Dict[str, str]) -> None:
+    for path, reason in unread.items():
+        print_main(f"resume: {path} can't be read now ({reason}) and is left as it is")
+
+
+def _move_away(path: str) -> None:
+    try:
+        os.replace(path, path + ".damaged")
+    except OSError as error:
+        raise InputError(f"{path} is damaged and could not be moved away ({error.strerror})") from error
+    print_main(f"resume: {path} is damaged, it is now called {os.path.basename(path)}.damaged")
+
+
+def _read_place(path: str) -> _Saved:
+    """How far a checkpoint is; its tensors aren't read."""
+    checkpoint = load_plain(path, mmap=zipfile.is_zipfile(path))
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"a checkpoint is a dict, this holds a {type(checkpoint).__name__}")
+    step = (checkpoint.get("so_far") or {}).get("step", 0)
+    return _Saved(path, str(checkpoint.get("run", "")), float(checkpoint.get("saved_at") or os.path.getmtime(path)),
+                  (int(checkpoint.get("epoch", -1)), int(step)))

@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Optional
@@ -42,7 +43,8 @@ class EpochSoFar:
 class TrainingState:
     """Everything that an exact continuation needs; `epoch` is the one to train next, or to go on with from `so_far`.
 
-    `source` says which checkpoint, and which epoch and step of it, the run could go on from now; "" if none.
+    `source` says which checkpoint, and which epoch and step of it, the run could go on from now; "" if none. `run` tells the
+    checkpoints of this run from others' in the same folder: one that `--resume auto` continues keeps it.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class TrainingState:
     so_far: EpochSoFar = field(default_factory=EpochSoFar)
     source: Dict[str, Any] = field(default_factory=dict)
     saver: Saver = field(default_factory=Saver)
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def save(self, args: argparse.Namespace, epoch: int, file_names: list, wait: bool = True) -> None:
         """Write the state under each name in `args.output_dir`: after `epoch`, and `so_far` in the next. All processes must
@@ -72,7 +75,7 @@ class TrainingState:
             "args": plain_args(args),
             "random_states": list(random_states), "best": self.best, "class_names": self.class_names,
             "is_thing_map": self.is_thing_map, "so_far": {**vars(self.so_far), "meters": list(meters)},
-            "saved_at": time.time(),
+            "saved_at": time.time(), "run": self.run,
         }
         self.saver.save(checkpoint, [os.path.join(args.output_dir, name) for name in file_names])
         if wait:

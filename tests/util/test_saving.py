@@ -1,4 +1,5 @@
 """Checkpoints written beside a training: the last two are kept, and what goes wrong is told in time."""
+import errno
 import os
 import threading
 import time
@@ -51,28 +52,112 @@ def test_a_changed_bit_is_noticed(tmp_path):
     assert is_whole(str(path)), "as old torch wrote it"
 
 
-def test_the_newest_is_the_latest_saved_not_the_latest_copied(tmp_path, capsys):
-    assert newest_checkpoint(str(tmp_path)) == ""
-    names = ["checkpoint.pth", "checkpoint_previous.pth", "checkpoint_best.pth", "checkpoint0099.pth"]
-    for name, saved_at in zip(names, (30.0, 20.0, 30.0, 10.0)):
-        save_checkpoint({"saved_at": saved_at}, str(tmp_path / name))
+def cut(path):
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) - 10)
+
+
+def save(folder, **checkpoints):
+    """Save checkpoints with the given contents as checkpoint.pth ("last") and checkpoint_NAME.pth."""
+    for name, content in checkpoints.items():
+        suffix = "" if name == "last" else name if name.isdigit() else f"_{name}"
+        save_checkpoint(content, str(folder / f"checkpoint{suffix}.pth"))
+
+
+def newest(folder):
+    return os.path.basename(newest_checkpoint(str(folder)))
+
+
+def test_damaged_checkpoints_are_moved_away_once_a_whole_one_is_found(tmp_path, capsys):
+    assert newest(tmp_path) == ""
+    save(tmp_path, last={"epoch": 3}, previous={"epoch": 2}, best={"epoch": 3}, **{"0001": {"epoch": 1}})
     found = []
-    for _ in range(5):
-        path = newest_checkpoint(str(tmp_path))
-        found.append(os.path.basename(path))
-        if path:
-            with open(path, "r+b") as file:
-                file.truncate(os.path.getsize(path) - 10)
-    assert found == ["checkpoint.pth", "checkpoint_best.pth", "checkpoint_previous.pth", "checkpoint0099.pth", ""]
+    for _ in range(4):
+        found.append(newest(tmp_path))
+        cut(tmp_path / found[-1])
+    assert found == ["checkpoint.pth", "checkpoint_best.pth", "checkpoint_previous.pth", "checkpoint0001.pth"]
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"resume: {tmp_path}/checkpoint.pth is damaged, it is now called checkpoint.pth.damaged"
-    assert len(said) == 4 and len(list(tmp_path.glob("*.damaged"))) == 4
+    assert len(said) == 3 and len(list(tmp_path.glob("*.damaged"))) == 3
+    for _ in range(2):  # a run isn't begun anew over what is left of one
+        with pytest.raises(InputError, match=r"no checkpoint in .* can be used \(checkpoint0001.pth: damaged\)"):
+            newest(tmp_path)
 
 
-def test_a_newer_numbered_checkpoint_wins(tmp_path):
-    save_checkpoint({"saved_at": 1.0}, str(tmp_path / "checkpoint.pth"))
-    save_checkpoint({"saved_at": 2.0}, str(tmp_path / "checkpoint0099.pth"))
-    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint0099.pth")
+@pytest.mark.parametrize("saved_at", [1.0, 9.0])
+def test_the_most_advanced_comes_first_whatever_the_clock_said(tmp_path, saved_at):
+    def at(epoch, step=0, time=5.0):
+        return {"epoch": epoch, "so_far": {"step": step}, "saved_at": time}
+    save(tmp_path, last=at(3, time=saved_at), previous=at(2, 30), best=at(2))
+    assert newest(tmp_path) == "checkpoint.pth"
+    save(tmp_path, last=at(2, 20, time=saved_at))
+    assert newest(tmp_path) == "checkpoint_previous.pth"
+    save(tmp_path, **{"0009": at(9, time=saved_at)})
+    os.utime(tmp_path / "checkpoint0009.pth", (1, 1))
+    assert newest(tmp_path) == "checkpoint0009.pth"
+
+
+def test_a_run_that_began_anew_in_a_folder_comes_before_the_old_one(tmp_path):
+    save(tmp_path, last={"epoch": 0, "saved_at": 9.0, "run": "b"}, previous={"epoch": 50, "saved_at": 8.0, "run": "a"})
+    assert newest(tmp_path) == "checkpoint.pth"
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    save(tmp_path, last={"epoch": 3}, previous={"epoch": 2})
+    names, unreadable, real = sorted(os.listdir(tmp_path)), ["checkpoint.pth"], open
+
+    def refuse(path, *args, **kwargs):
+        if os.path.basename(str(path)) in unreadable:
+            raise OSError(errno.EIO, "Input/output error", path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    assert newest(tmp_path) == "checkpoint_previous.pth"
+    assert capsys.readouterr().out == f"resume: {tmp_path}/checkpoint.pth can't be read now (Input/output error) and is left " \
+                                      "as it is\n"
+    unreadable.append("checkpoint_previous.pth")
+    with pytest.raises(InputError, match=r"\(checkpoint.pth: Input/output error; checkpoint_previous.pth: Input/output error\)"):
+        newest(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == names
+    unreadable.clear()
+    assert newest(tmp_path) == "checkpoint.pth"
+
+
+def test_memory_that_runs_out_damages_nothing(tmp_path, monkeypatch):
+    save(tmp_path, last={"epoch": 3})
+
+    def fail(*_, **__):
+        raise RuntimeError("unable to mmap 100 bytes from file <checkpoint.pth>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(saving, "load_plain", fail)
+    with pytest.raises(InputError, match="checkpoint.pth: unable to mmap 100 bytes"):
+        newest(tmp_path)
+    assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+def test_files_with_other_names_are_left_alone(tmp_path):
+    save(tmp_path, mine={"epoch": 9})
+    (tmp_path / "checkpoint0001.pth").mkdir()
+    (tmp_path / "checkpoint_notes.pth").write_text("not a checkpoint")
+    (tmp_path / "checkpoint.pth.bak").write_text("not a checkpoint")
+    names = sorted(os.listdir(tmp_path))
+    assert newest(tmp_path) == "" and sorted(os.listdir(tmp_path)) == names
+    save(tmp_path, last={"epoch": 0})
+    assert newest(tmp_path) == "checkpoint.pth"
+    (tmp_path / "checkpoint.pth").unlink()
+    (tmp_path / "checkpoint.pth").symlink_to(tmp_path / "on_a_disk_that_is_gone.pth")
+    with pytest.raises(InputError, match=r"\(checkpoint.pth: No such file or directory\)"):
+        newest(tmp_path)
+
+
+def test_a_kill_between_two_names_leaves_nothing_behind(tmp_path):
+    path, previous = str(tmp_path / "checkpoint.pth"), str(tmp_path / "checkpoint_previous.pth")
+    write_all({"epoch": 0}, [path])
+    os.link(path, previous)  # … and killed here
+    write_all({"epoch": 1}, [path])
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", "checkpoint_previous.pth"]
+    assert (epoch_of(path), epoch_of(previous)) == (1, 0)
 
 
 def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
