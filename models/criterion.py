@@ -12,7 +12,7 @@ from torchvision.ops import sigmoid_focal_loss
 from models.matcher import HungarianMatcher, Matching
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
 from util.distributed import get_world_size, reduce_sum
-from util.misc import accuracy
+from util.misc import accuracy, at_least_float32
 
 OF_PROPOSALS = ("labels", "boxes", "cardinality")  # losses of a two-stage detector's proposals
 
@@ -124,7 +124,7 @@ class SetCriterion(nn.Module):
                    num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
         """`loss_bbox`, `loss_giou` [L]: L1 distance (cxcywh) and 1 - generalised IoU, summed over pairs, per object."""
         predicted = self._matched(stacked["pred_boxes"], matching)
-        expected = torch.cat([target["boxes"] for target in targets]).float()[matching.target]
+        expected = torch.cat([target["boxes"] for target in targets]).to(predicted.dtype)[matching.target]
         distance = (predicted - expected).abs().sum((1, 2))
         giou = aligned_generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(expected))
         return {"loss_bbox": distance / num_boxes, "loss_giou": (1 - giou).sum(1) / num_boxes}
@@ -143,8 +143,8 @@ class SetCriterion(nn.Module):
                    num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
         """`loss_mask`, `loss_dice` [1]: focal loss (mean over pixels) and 1 - Dice coefficient, summed over pairs, per
         object (sec. 4.4), of the last layer only. Masks are enlarged to the targets' size; padding is background."""
-        predicted = stacked["pred_masks"][0, matching.image[-1], matching.query[-1]].float()
-        expected = _padded_masks(targets)[matching.target[-1]].float().flatten(1)
+        predicted = at_least_float32(stacked["pred_masks"][0, matching.image[-1], matching.query[-1]])
+        expected = _padded_masks(targets)[matching.target[-1]].to(predicted.dtype).flatten(1)
         size = _padded_size(targets)
         predicted = F.interpolate(predicted[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
         focal = sigmoid_focal_loss(predicted, expected, alpha=0.25, gamma=2).mean(1).sum()
@@ -194,14 +194,14 @@ class SetCriterion(nn.Module):
 def _stack_layers(outputs: Dict[str, Any]) -> Dict[str, Tensor]:
     """Outputs of all layers in tensors whose first dimension is the layer."""
     layers = [*outputs.get("aux_outputs", []), outputs]
-    stacked = {name: torch.stack([layer[name] for layer in layers]).float()
+    stacked = {name: at_least_float32(torch.stack([layer[name] for layer in layers]))
                for name in ("pred_logits", "pred_boxes", "pred_feature") if name in outputs}
     if "gt_feature" in outputs:
-        stacked["gt_feature"] = outputs["gt_feature"].float()
+        stacked["gt_feature"] = at_least_float32(outputs["gt_feature"])
     if "pred_masks" in outputs:
         stacked["pred_masks"] = outputs["pred_masks"][None]  # of the last layer only
     if "pred_features" in outputs:
-        stacked["pred_features"] = outputs["pred_features"][None].float()  # of the last layer only
+        stacked["pred_features"] = at_least_float32(outputs["pred_features"][None])  # of the last layer only
     return stacked
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.deformable_transformer import Encoded, move_boxes
-from models.detr import MLP
+from models.heads import MLP, HeadLinear
 from util.box_ops import box_cxcywh_to_xyxy
-from util.misc import NestedTensor, nested_tensor_from_tensor_list
+from util.misc import NestedTensor, at_least_float32, nested_tensor_from_tensor_list
 
 NORM_GROUPS = 32  # of the group norm behind the projection of each feature map
 PRIOR = 0.01  # probability that each class starts with
@@ -143,7 +143,7 @@ def _heads(head: nn.Module, count: int, separate: bool) -> nn.ModuleList:
 
 
 def _class_head(hidden_dim: int, num_classes: int) -> nn.Linear:
-    head = nn.Linear(hidden_dim, num_classes)
+    head = HeadLinear(hidden_dim, num_classes)
     nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
     return head
 
@@ -194,11 +194,11 @@ class PostProcessFocal(nn.Module):
         Raises:
             ValueError: if target_sizes isn't [B, 2].
         """
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        logits, boxes = outputs["pred_logits"], at_least_float32(outputs["pred_boxes"])
         if target_sizes.shape != (len(logits), 2):
             raise ValueError(f"target_sizes must be [{len(logits)}, 2], got {list(target_sizes.shape)}")
         num_classes = logits.shape[2]
-        probability = logits.float().sigmoid().flatten(1)
+        probability = at_least_float32(logits).sigmoid().flatten(1)
         scores, index = probability.topk(min(self.num_detections, probability.shape[1]), dim=1)
         query, labels = torch.div(index, num_classes, rounding_mode="floor"), index % num_classes
         height, width = target_sizes.unbind(1)

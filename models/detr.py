@@ -2,31 +2,14 @@
 from typing import Dict, List
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.criterion import SetCriterion
+from models.heads import MLP, HeadLinear
 from util.box_ops import box_cxcywh_to_xyxy
-from util.misc import NestedTensor, nested_tensor_from_tensor_list
+from util.misc import NestedTensor, at_least_float32, nested_tensor_from_tensor_list
 
 __all__ = ["DETR", "MLP", "PostProcess", "SetCriterion"]
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them: input_dim -> hidden_dim (num_layers - 1 times) -> output_dim."""
-
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
-        super().__init__()
-        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
-        self.layers = nn.ModuleList([nn.Linear(n, k) for n, k in zip(widths[:-1], widths[1:])])
-        self.num_layers = num_layers
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if i < self.num_layers - 1:
-                x = F.relu(x)
-        return x
 
 
 class DETR(nn.Module):
@@ -45,7 +28,7 @@ class DETR(nn.Module):
         self.num_queries = num_queries
         self.transformer = transformer
         hidden_dim = transformer.d_model
-        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.class_embed = HeadLinear(hidden_dim, num_classes + 1)
         self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
@@ -107,10 +90,10 @@ class PostProcess(nn.Module):
         Raises:
             ValueError: if target_sizes isn't [B, 2].
         """
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        logits, boxes = outputs["pred_logits"], at_least_float32(outputs["pred_boxes"])
         if target_sizes.shape != (len(logits), 2):
             raise ValueError(f"target_sizes must be [{len(logits)}, 2], got {list(target_sizes.shape)}")
-        scores, labels = logits.float().softmax(-1)[..., :-1].max(-1)
+        scores, labels = at_least_float32(logits).softmax(-1)[..., :-1].max(-1)
         height, width = target_sizes.unbind(1)
         scale = torch.stack([width, height, width, height], dim=1).to(boxes.dtype)
         boxes = box_cxcywh_to_xyxy(boxes) * scale[:, None, :]

@@ -56,7 +56,7 @@ def flags_of(bundle: Dict[str, Any], options: argparse.Namespace) -> argparse.Na
     args = main.get_args_parser().parse_args([])
     vars(args).update(bundle["args"])
     args.output_dir, args.tensorboard, args.save_every_steps, args.random_seed = "", False, None, False
-    args.eval_every = sys.maxsize  # evaluations take nothing of the random state
+    args.eval_every = args.epochs  # evaluations take nothing of the random state
     if bundle["source"]:
         args.resume = bundle["source"]["checkpoint"]
     for name in ("device", "num_workers"):

@@ -13,9 +13,14 @@ from util.distributed import (all_gather, barrier, get_rank, get_world_size, ini
 from util.errors import InputError
 from util.metric_logger import MetricLogger, SmoothedValue
 
-__all__ = ["InputError", "MetricLogger", "NestedTensor", "SmoothedValue", "accuracy", "all_gather", "barrier", "collate_fn",
+__all__ = ["InputError", "MetricLogger", "NestedTensor", "SmoothedValue", "accuracy", "all_gather", "at_least_float32", "barrier", "collate_fn",
            "get_rank", "get_sha", "get_world_size", "init_distributed_mode", "interpolate", "inverse_sigmoid",
            "is_dist_avail_and_initialized", "is_main_process", "nested_tensor_from_tensor_list", "print_main", "reduce_dict"]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half-precision numbers to float32; float32 and float64 stay as they are."""
+    return x.float() if x.element_size() < 4 else x
 
 
 class NestedTensor(object):

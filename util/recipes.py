@@ -209,13 +209,19 @@ def _dataset_of_path(args: argparse.Namespace) -> str:
     return given[-1] if given else "coco"
 
 
+def _is_given(args: argparse.Namespace, name: str) -> bool:
+    """Tell whether a flag asks for something. A switch that is off doesn't, as in the flags that a training stored."""
+    value = getattr(args, name)
+    return value is not None and value is not False
+
+
 def _check_belonging(args: argparse.Namespace) -> None:
     for name, datasets in FLAGS_OF.items():
-        if getattr(args, name) is not None and args.dataset_file not in datasets:
+        if _is_given(args, name) and args.dataset_file not in datasets:
             raise InputError(f"--{name} has no effect with --dataset_file {args.dataset_file}; "
                              f"it belongs to {' and '.join(datasets)}")
     for name, model in MODEL_OF.items():
-        if getattr(args, name) is not None and args.model != model:
+        if _is_given(args, name) and args.model != model:
             raise InputError(f"--{name} is for --model {model} only, not for {args.model}")
     if (args.model, args.dataset_file) not in RECIPES:
         raise InputError(f"--model {args.model} has no training on {DATASETS[args.dataset_file]} "

@@ -291,7 +291,7 @@ def test_under_autocast_everything_learns(build, images, targets):
     attention.output_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(images)
-    assert seen == [torch.float32] and out["pred_logits"].dtype == torch.bfloat16
+    assert seen == [torch.float32] and out["pred_logits"].dtype == torch.float32
     assert out["pred_boxes"].dtype == torch.float32
     torch.testing.assert_close(out["enc_outputs"]["pred_logits"].float(), expected["enc_outputs"]["pred_logits"], rtol=0,
                                atol=0.2)
