@@ -16,7 +16,7 @@ from util.checkpoint import load_checkpoint
 from util.distributed import print_main
 from util.errors import InputError, Stopped, run_program
 
-NEEDED = {"message", "epoch", "step", "image_ids", "losses", "args", "source", "world_size"}
+NEEDED = {"message", "epoch", "step", "image_ids", "losses", "args", "given", "source", "world_size"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -54,9 +54,9 @@ def describe(bundle: Dict[str, Any]) -> str:
 def flags_of(bundle: Dict[str, Any], options: argparse.Namespace) -> argparse.Namespace:
     """The training's flags, changed so that it goes on from its checkpoint and writes nothing."""
     args = main.get_args_parser().parse_args([])
-    vars(args).update(bundle["args"])
+    vars(args).update(bundle["given"])
     args.output_dir, args.tensorboard, args.save_every_steps, args.random_seed = "", False, None, False
-    args.eval_every = args.epochs  # evaluations take nothing of the random state
+    args.eval_every = bundle["args"]["epochs"]  # evaluations take nothing of the random state
     if bundle["source"]:
         args.resume = bundle["source"]["checkpoint"]
     for name in ("device", "num_workers"):

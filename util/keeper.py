@@ -1,7 +1,7 @@
 """Keeps a training safe between its steps: saves in mid-epoch when that is due or asked for, and stops when asked to."""
 import argparse
 import os
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -134,6 +134,11 @@ class Keeper:
         line = f"stopped by {self.listener.heard or 'a signal to another process'} in {place}: {saved}"
         raise Stopped(line if is_main_process() else "")
 
+    def _given_flags(self) -> Dict[str, Any]:
+        """Flags as they were before defaults were filled in, with the seed that may have been drawn."""
+        given = {**getattr(self.args, "given", vars(self.args)), "seed": self.args.seed, "resume": self.args.resume}
+        return plain_args(argparse.Namespace(**given))
+
     def _write_bundle(self, bundle: Bundle) -> str:
         """Put what is known of a failure beside the checkpoints; returns words on where."""
         if not self.args.output_dir:
@@ -142,7 +147,7 @@ class Keeper:
                             f"failure_epoch{bundle['epoch']}_step{bundle['step']}_process{get_rank()}.pth")
         try:
             self.state.saver.wait()  # it may hold the checkpoint to replay from
-            save_checkpoint({**bundle, "args": plain_args(self.args), "source": self.state.source,
+            save_checkpoint({**bundle, "args": plain_args(self.args), "given": self._given_flags(), "source": self.state.source,
                              "world_size": get_world_size()}, path)
         except InputError as error:
             return f"; {error.sentence}"
