@@ -1,6 +1,6 @@
 """The layers between the decoder's last hidden state and classes, boxes and features: float32 also under autocast.
 
-A box in bfloat16 is rounded to a 256th of its place: with the ground truth itself as prediction COCO's AP is 0.88.
+A box in bfloat16 has eight significant bits: too few for COCO's higher IoU thresholds.
 """
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ class HeadLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
+            return F.linear(input, self.weight, self.bias)
+        if not torch.is_autocast_enabled(input.device.type):  # programs that are exported then hold no such scope
             return F.linear(input, self.weight, self.bias)
         with torch.autocast(input.device.type, enabled=False):
             return F.linear(input.to(self.weight.dtype), self.weight, self.bias)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.misc import at_least_float32
+
 
 class Levels(NamedTuple):
     """Where L feature maps lie in the sequence that their tokens form, row by row and one map after another.
@@ -43,7 +45,7 @@ def sample_and_sum(value: Tensor, levels: Levels, locations: Tensor, weights: Te
     Returns:
         [B, Q, heads * D] in float32, or float64 for such values: lower precision is widened first.
     """
-    value, locations, weights = _widened(value), _widened(locations), _widened(weights)
+    value, locations, weights = at_least_float32(value), at_least_float32(locations), at_least_float32(weights)
     if not torch.jit.is_scripting():
         if _is_exporting():
             return _sample_map_by_map(value, levels, locations, weights)
@@ -56,10 +58,6 @@ def _is_exporting() -> bool:
     """Whether the model is being traced into a program, by torch.export or for ONNX."""
     by_torch_export = getattr(torch.compiler, "is_exporting", None)  # of later versions of torch
     return torch.onnx.is_in_onnx_export() or (by_torch_export is not None and by_torch_export())
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.element_size() < 4 else x
 
 
 class _Corners(NamedTuple):
@@ -247,7 +245,7 @@ class MSDeformAttn(nn.Module):
         if padding is not None:
             value = value.masked_fill(padding[:, :, None], 0.0)
         shape = [self.n_heads, self.n_levels, self.n_points]
-        offsets = _widened(self.sampling_offsets(query)).unflatten(2, shape + [2])
+        offsets = at_least_float32(self.sampling_offsets(query)).unflatten(2, shape + [2])
         weights = self.attention_weights(query).unflatten(2, [self.n_heads, -1]).softmax(-1).unflatten(3, shape[1:])
         if reference.shape[-1] == 2:
             scale = 1 / levels.sizes[:, None].to(offsets.dtype)

@@ -1,0 +1,41 @@
+"""Classes, boxes and their losses are float32 where autocast rounds the rest, and float64 where the model is."""
+import pytest
+import torch
+
+from models import build_model
+from models.deformable_detr import PostProcessFocal
+from models.detr import PostProcess
+
+
+@pytest.mark.parametrize("model", ["detr", "deformable_detr"])
+def test_autocast_rounds_neither_classes_nor_boxes(tiny_args, images, model):
+    detector = build_model(tiny_args(model=model))[0].eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = detector(images)
+    for layer in (out, *out["aux_outputs"]):
+        assert layer["pred_logits"].dtype == layer["pred_boxes"].dtype == torch.float32
+
+
+def test_heads_under_autocast_are_those_of_the_widened_hidden_state(tiny_args):
+    detector = build_model(tiny_args())[0].eval()
+    hidden = torch.randn(2, 1, 12, detector.transformer.d_model).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = detector.predictions(hidden)
+    expected = detector.predictions(hidden.float())
+    assert found["pred_logits"].equal(expected["pred_logits"]) and found["pred_boxes"].equal(expected["pred_boxes"])
+
+
+@pytest.mark.parametrize("postprocess", [PostProcess(), PostProcessFocal()])
+def test_rounded_boxes_are_not_rounded_again_in_pixels(postprocess):
+    """A centre of 0.5 and a width of 1/256 on 1333 pixels: in bfloat16 the left edge would be 664, not 663.896."""
+    outputs = {"pred_logits": torch.tensor([[[9.0, -9.0]]]).bfloat16(),
+               "pred_boxes": torch.tensor([[[0.5, 0.5, 1 / 256, 1 / 256]]]).bfloat16()}
+    box = postprocess(outputs, torch.tensor([[800, 1333]]))[0]["boxes"][0]
+    torch.testing.assert_close(box, torch.tensor([663.896484375, 398.4375, 669.103515625, 401.5625]))
+
+
+def test_losses_of_a_float64_model_are_float64(tiny_args, images, targets):
+    detector, criterion, _ = build_model(tiny_args())
+    out = detector.double()([image.double() for image in images] if isinstance(images, list) else images.to(torch.float64))
+    losses = criterion.double()(out, [{**target, "boxes": target["boxes"].double()} for target in targets])
+    assert {losses[name].dtype for name in ("loss_ce", "loss_bbox", "loss_giou")} == {torch.float64}
