@@ -27,6 +27,12 @@ def to_device(batch: Sequence[Any], device: torch.device) -> Tuple[List[Any], Li
     return inputs, [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets]
 
 
+def as_tensors(losses: Dict[str, Any], device: torch.device) -> Dict[str, Tensor]:
+    """Make scalar tensors of the terms that a criterion returns as plain numbers."""
+    return {name: value if isinstance(value, Tensor) else torch.tensor(float(value)).to(device, non_blocking=True)
+            for name, value in losses.items()}
+
+
 def weighted_sum(losses: Dict[str, Tensor], weights: Dict[str, float]) -> Tensor:
     """The total loss: every loss that has a weight, times it."""
     names = [name for name in losses if name in weights]
@@ -63,6 +69,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
 
     The device is waited for once a step, at the matching (`models.matcher`), and besides only when a line is printed.
     """
+    device = torch.device(device)
     model.train()
     criterion.train()
     logger = MetricLogger(delimiter="  ")
@@ -84,7 +91,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 outputs = model(*inputs)
             with watch.matching():
-                losses = criterion(outputs, targets)  # waits for the device: the matching is solved on the host
+                losses = as_tensors(criterion(outputs, targets), device)  # waits for the device: the matching is solved on the host
             loss = weighted_sum(losses, criterion.weight_dict)
             scaler.scale(loss / group_size).backward()
         gradient_norm = _optimizer_step(model, optimizer, scaler, max_norm) if last_of_group else None
@@ -145,6 +152,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         all classes, things and stuff `PQ_all`,
         `PQ_th` and `PQ_st`, dicts of `pq`, `sq`, `rq` in 0..1 and the number `n` of classes.
     """
+    device = torch.device(device)
     model.eval()
     criterion.eval()
     logger = MetricLogger(delimiter="  ")
@@ -156,7 +164,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             outputs = model(*inputs)
         for index, target in enumerate(targets):  # one by one: averages then don't depend on the batches
-            losses = criterion(_of_image(outputs, index), [target])
+            losses = as_tensors(criterion(_of_image(outputs, index), [target]), device)
             _log(logger, {**losses, "loss": weighted_sum(losses, criterion.weight_dict)}, criterion.weight_dict)
         original_sizes = torch.stack([target["orig_size"] for target in targets])
         detections = postprocessors["bbox"](outputs, original_sizes)
@@ -219,6 +227,7 @@ def evaluate_patches(model: nn.Module, data_loader: Iterable, device: torch.devi
         `patch_iou`, `control_iou` in 0..1 (means over all patches) and `patch_iou50`, `control_iou50`, the shares of
         patches whose IoU is above 0.5.
     """
+    device = torch.device(device)
     model.eval()
     logger = MetricLogger(delimiter="  ")
     for batch in logger.log_every(data_loader, PRINT_FREQ, "Test:"):

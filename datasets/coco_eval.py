@@ -135,6 +135,8 @@ class CocoEvaluator:
 
     def _pack(self, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Turns the detections of one image into arrays, as small as they can travel between processes."""
+        if not found:  # published programs' word for an image without detections
+            return {name: np.empty(0) for name in ("labels", "scores", *self.iou_types)}
         packed = {"labels": found["labels"].cpu().numpy(), "scores": found["scores"].double().cpu().numpy()}
         if "bbox" in self.iou_types:
             packed["bbox"] = found["boxes"].double().cpu().numpy().copy()

@@ -29,7 +29,7 @@ class UPDETR(DETR):
 
     def __init__(self, backbone: nn.Module, transformer: nn.Module, num_classes: int = 2, num_queries: int = 100,
                  aux_loss: bool = False, num_patches: int = 10, feature_recon: bool = True, query_shuffle: bool = False,
-                 separate_groups: bool = True, mask_ratio: float = 0.1) -> None:
+                 mask_ratio: float = 0.1, *, separate_groups: bool = True) -> None:
         super().__init__(backbone, transformer, num_classes, num_queries, aux_loss)
         if num_patches < 1 or num_queries % num_patches:
             raise ValueError(f"{num_queries} queries can't be shared out evenly among {num_patches} patches")

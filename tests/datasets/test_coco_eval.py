@@ -178,6 +178,19 @@ def test_both_iou_types_at_once():
                                    pycocotools_stats(ground_truth, predictions, iou_type), rtol=0, atol=1e-12)
 
 
+def test_an_empty_dict_is_an_image_without_detections():
+    """The one object is missed: AP is 0."""
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0}
+    truth = index_ground_truth({"images": [{"id": 1, "width": 64, "height": 64}], "annotations": [box],
+                                "categories": [{"id": 1, "name": "a"}]})
+    evaluator = CocoEvaluator(truth, ["bbox"])
+    evaluator.update({1: {}})
+    evaluator.synchronize_between_processes()
+    evaluator.accumulate()
+    evaluator.summarize()
+    assert evaluator.coco_eval["bbox"].stats[0] == 0
+
+
 def test_batches_and_repeated_images_change_nothing():
     ground_truth = random_ground_truth(2)
     predictions = random_detections(ground_truth, 3)

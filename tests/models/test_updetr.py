@@ -115,6 +115,14 @@ def test_queries_that_cannot_be_shared_out_are_refused(updetr):
         UPDETR(model.backbone, model.transformer, num_queries=12, num_patches=0)
 
 
+def test_arguments_in_the_published_order(updetr):
+    """Backbone, transformer, classes, queries, auxiliary losses, patches, reconstruction, shuffle, share of zeroed patches."""
+    parts = updetr()
+    model = UPDETR(parts.backbone, parts.transformer, 2, 12, True, 3, True, False, 0.25)
+    assert model.mask_ratio == 0.25 and model.num_patches == 3 and not model.query_shuffle
+    assert model.attention_mask.sum() == 3 * 4 * 4  # the groups of three patches don't see each other
+
+
 def test_more_patches_than_groups_are_refused(updetr, images):
     message = r"4 patches per image, but the model was built for at most 3 \(--num_patches\)"
     with pytest.raises(ValueError, match=message):
