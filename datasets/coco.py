@@ -100,7 +100,7 @@ def training_categories(args: argparse.Namespace, ann_file_of: AnnFileOf) -> tup
         InputError: the file is missing or broken.
     """
     ann_file = ann_file_of("train", args)
-    of_training = not args.eval or (ann_file is not None and ann_file.is_file())
+    of_training = not args.eval or (ann_file is not None and os.path.isfile(ann_file))
     if not of_training:
         ann_file = ann_file_of("val", args)
     if ann_file is None:
@@ -440,7 +440,7 @@ class CocoDetection(DetectionDataset):
         training: bool = False,
         apply_exif: bool = False,
     ) -> None:
-        if not Path(img_folder).is_dir():
+        if not os.path.isdir(img_folder):
             raise InputError(f"image folder {img_folder} does not exist")
         ground_truth = read_ground_truth(ann_file)
         num_classes = num_classes_of(ground_truth, ann_file, num_classes)
@@ -618,7 +618,7 @@ def locate(args: argparse.Namespace, root_flag: str, flag: str, usual: str) -> P
         InputError: the folder of `root_flag` doesn't exist.
     """
     root, given = getattr(args, root_flag, None), getattr(args, flag, None)
-    if root and not Path(root).is_dir():
+    if root and not os.path.isdir(root):
         raise InputError(f"--{root_flag} {root} does not exist")
     return Path(root or "", given or usual) if root or given else None
 

@@ -115,9 +115,9 @@ class CocoPanoptic(DetectionDataset):
         training: bool = False,
         apply_exif: bool = False,
     ) -> None:
-        if not Path(img_folder).is_dir():
+        if not os.path.isdir(img_folder):
             raise InputError(f"image folder {img_folder} does not exist")
-        if return_masks and not Path(ann_folder).is_dir():
+        if return_masks and not os.path.isdir(ann_folder):
             raise InputError(f"folder {ann_folder} of the segments' PNGs does not exist")
         content = read_panoptic(ann_file)
         passed = raise_first(panoptic_problems(content, ann_file, num_classes_of(content, ann_file, num_classes)))
@@ -199,7 +199,7 @@ def as_ground_truth(content: dict) -> dict:
 
 def _read_instances(ann_file: Path, dataset: CocoPanoptic) -> COCO | None:
     """Reads COCO's own objects of the images of `dataset`, if they are there and belong to it."""
-    if not ann_file.is_file():
+    if not os.path.isfile(ann_file):
         return None
     content = read_ground_truth(ann_file)
     things = {number for number, is_thing in is_thing_of(dataset.coco.dataset, dataset.source).items() if is_thing}

@@ -42,7 +42,7 @@ class PanopticEvaluator:
         self, ann_file: str | os.PathLike, ann_folder: str | os.PathLike, output_dir: str | os.PathLike | None = None
     ) -> None:
         content = read_panoptic(ann_file)
-        if not Path(ann_folder).is_dir():
+        if not os.path.isdir(ann_folder):
             raise InputError(f"folder {ann_folder} of the segments' PNGs does not exist")
         self.ann_file, self.ann_folder = ann_file, Path(ann_folder)
         self.output_dir = Path(output_dir) if output_dir else None

@@ -84,7 +84,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
         raise InputError(f"image folder {error.filename} cannot be listed ({error.strerror})") from error
 
     root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"image folder {root} does not exist")
     found, visited = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):

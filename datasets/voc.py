@@ -255,7 +255,7 @@ def _read_list(listing: _Listing) -> list[str]:
     for line in read_text(listing.names, "image list").splitlines():
         name = line.strip()
         marked = re.fullmatch(r"(.*\S)\s+-?[01]", name)
-        if marked and not (listing.annotations / f"{name}.xml").exists():
+        if marked and not os.path.exists(listing.annotations / f"{name}.xml"):
             name = marked[1]
         if name:
             names.append(name)
@@ -304,11 +304,11 @@ def _read_picture(root: Path, listing: _Listing, name: str, problems: list[Probl
 def _image_of(folder: Path, name: str, file_name: str) -> Path:
     """Finds an image: the .jpg of its name, the file that the XML names, or its name with another ending."""
     usual = folder / f"{name}.jpg"
-    if usual.exists():
+    if os.path.exists(usual):  # unlike pathlib's, it takes names that no file can have
         return usual
     candidates = [folder / os.path.basename(file_name.replace("\\", "/"))] if file_name else []
     candidates += [folder / f"{name}{ending}" for lower in IMAGE_EXTENSIONS for ending in (lower, lower.upper())]
-    return next((path for path in candidates if path.is_file()), usual)
+    return next((path for path in candidates if os.path.isfile(path)), usual)
 
 
 def _read_object(element: ElementTree.Element) -> Object | Fault:
@@ -334,6 +334,6 @@ def devkit(args: argparse.Namespace) -> Path:
     if not args.voc_path:
         raise InputError("--voc_path is needed: the VOCdevkit folder that holds VOC2007 and VOC2012")
     root = Path(args.voc_path)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"--voc_path {root} does not exist")
     return root

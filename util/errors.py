@@ -1,5 +1,6 @@
 """The exception for mistakes that a user can mend, and how programs report it."""
 import contextlib
+import errno
 import io
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any, Callable, Optional, Tuple
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 READER_LEFT = 141  # what shells report of a program that SIGPIPE ended
 # What torch says when a data-loading process is gone, at whatever line of the main process that comes to light.
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [\w ]+|exited unexpectedly)")
@@ -47,7 +49,7 @@ def run_program(program: Callable[[], None]) -> None:
         program()
     except (Exception, SystemExit) as error:
         ended = error
-    doubtful = isinstance(ended, OSError)  # perhaps what a `print` met
+    doubtful = isinstance(ended, OSError) and ended.errno in WRITE_ERRORS and ended.filename is None  # a `print` may have met it
     refusal = _refusal(sys.stdout, doubtful) or (_refusal(sys.stderr, doubtful) if doubtful else None)
     if refusal:
         line, status = refusal

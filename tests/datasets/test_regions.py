@@ -272,5 +272,5 @@ def test_a_list_of_classes(folder, tmp_path):
         listed.write_text(content)
         with pytest.raises(InputError, match=f"^--class_list .*{message}"):
             build_dataset("train", arguments(folder, class_list=str(listed)))
-    with pytest.raises(InputError, match="^--class_list nowhere can't be read"):
+    with pytest.raises(InputError, match="^--class_list nowhere does not exist"):
         build_dataset("train", arguments(folder, class_list="nowhere"))

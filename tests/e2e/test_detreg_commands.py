@@ -138,7 +138,7 @@ def pretrained(request, data_root, caches, tmp_path_factory):
 
 def test_the_start_of_a_pre_training_tells_what_is_predicted(pretrained):
     model, _, out, printed = pretrained
-    assert printed.startswith(f"DETReg pre-training of {'DETR' if model == 'detr' else 'Deformable DETR'}\n")
+    assert printed.split("\n\n", 1)[1].startswith(f"DETReg pre-training of {'DETR' if model == 'detr' else 'Deformable DETR'}\n")
     assert "\nobject embeddings: --obj_embedding_head intermediate of --load_embedding none, weight 1\n" in printed
     assert [line["epoch"] for line in log_lines(out)] == [0, 1]
     stored = torch.load(out / "checkpoint.pth", weights_only=True)

@@ -22,7 +22,7 @@ def test_pre_training_on_cached_regions(toy, tmp_path):
         ["--imagenet_path", str(images), "--cache_path", str(cache), "--num_workers", "1"]))
     done = run(["main.py", "--dataset_file", "regions", "--imagenet_path", images, "--cache_path", cache,
                 *SMALL_PRETRAIN, "--epochs", "1", "--load_backbone", "none", "--output_dir", tmp_path / "out"])
-    assert done.stdout.startswith("DETReg pre-training of Deformable DETR\n")
+    assert done.stdout.split("\n\n", 1)[1].startswith("DETReg pre-training of Deformable DETR\n")
     assert f"regions in an image: 30 at most, chosen by --strategy topk, from --cache_path {cache}\n" in done.stdout
     line = json.loads((tmp_path / "out/log.txt").read_text())
     assert line["train_loss_bbox"] > 0 and line["unreadable_images"] == 0

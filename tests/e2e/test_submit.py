@@ -18,7 +18,7 @@ def parse(*flags):
 def test_detrs_flags_and_defaults():
     args = parse()
     assert (args.ngpus, args.nodes, args.timeout, args.job_dir) == (8, 2, 60, "")
-    assert args.weight_decay == 1e-4 and args.epochs is None, "main.py's flags are there too"
+    assert args.clip_max_norm == 0.1 and args.epochs is None, "main.py's flags are there too"
 
 
 def test_a_job_on_gpus():
