@@ -1,5 +1,6 @@
 """The published commands, run as a user runs them, on real files."""
 import http.server
+import json
 import re
 import threading
 from functools import partial
@@ -63,8 +64,13 @@ def test_published_pretraining_command_with_swav_resnet50(toy, weights_cache, tm
     assert "UP-DETR pre-training" in done.stdout and "eos_coef=0.1 " in done.stdout and "lr_drop=40" in done.stdout
     assert re.search(r"Epoch: \[0\]  \[0/2\]  eta: \S+  lr: 0.000100  .*loss: [\d.]+ \([\d.]+\)  .*time: [\d.]+  data: ",
                      done.stdout)
+    assert "\nnumber of params: 19164167\n" in done.stdout and "\nStart training\n" in done.stdout
+    assert re.search(r"^git:\n  sha: \w+, status: ", done.stdout, re.MULTILINE)
     line, = log_lines(tmp_path)
     assert line["epoch"] == 0 and line["train_loss_feature_4"] > 0 and line["n_parameters"] == 19164167
+    assert 0 <= line["train_class_error_unscaled"] <= 100 and line["train_grad_norm"] > 0
+    flags = json.loads((tmp_path / "args.json").read_text())
+    assert (flags["num_patches"], flags["lr_drop"], flags["batch_size"]) == (10, 40, 12)
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert {"model", "optimizer", "lr_scheduler", "epoch", "args"} <= set(checkpoint)
 
@@ -85,6 +91,10 @@ def test_finetuning(toy, pretrained, tmp_path, launcher):
     assert "pretrain: missed 2 tensors: class_embed.bias, class_embed.weight" in done.stdout
     line, = log_lines(tmp_path)
     assert len(line["test_coco_eval_bbox"]) == 12 and (tmp_path / "eval" / "latest.pth").exists()
+    assert {"train_class_error_unscaled", "test_class_error_unscaled", "train_grad_norm"} <= set(line)
+    by_class = line["test_coco_eval_bbox_per_class"]
+    assert by_class and all(len(figures) == 2 for figures in by_class.values())
+    assert all(re.search(rf"^{name} +bbox AP ", done.stdout, re.MULTILINE) for name in by_class)
     assert (tmp_path / "checkpoint_best.pth").exists()
 
 
@@ -94,9 +104,13 @@ def test_evaluation_is_the_same_for_one_and_two_processes(toy, finetuned, tmp_pa
                "--val_annotations", truth, "--resume", finetuned, *SMALL_COCO]
     tables = []
     for launcher in ("single", "pair"):
-        out = run(command, launcher).stdout
+        out = run([*command, "--output_dir", tmp_path / launcher], launcher).stdout
         tables.append(coco_tables(out))
         assert "AP50" in out  # the table of classes
+        stored = torch.load(tmp_path / launcher / "eval.pth", weights_only=True)
+        assert list(stored["precision"].shape) == stored["counts"] == [10, 101, stored["counts"][2], 4, 3]
+        assert json.loads((tmp_path / launcher / "args.json").read_text())["eval"] is True
+        assert not (tmp_path / launcher / "log.txt").exists()
     assert len(tables[0]) == 12 and tables[0] == tables[1]
     assert finds_something(tables[0])
 
