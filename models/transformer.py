@@ -16,23 +16,25 @@ from models.dropout import Dropout, dropout
 class MultiheadAttention(nn.MultiheadAttention):
     """Attention with torch's parameter names, through `scaled_dot_product_attention`.
 
-    Attention weights are not formed unless `keep_weights` is set to True on the module; forward then returns them too, so
-    that a forward hook can collect them.
+    Attention weights take time and memory, so they are formed only where somebody can see them: where the module, or
+    every module, has a forward hook, where `keep_weights` is set to True on it, or where a call asks for them. The
+    output [B, Q, d] is the same number for number.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)
         self.keep_weights = False
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor,
-                allowed: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Optional[Tensor] = None,
+                need_weights: Optional[bool] = None) -> Tuple[Tensor, Optional[Tensor]]:
         """Attend from query [B, Q, d] to key and value [B, K, d].
 
         Args:
             allowed: bool, broadcastable to [B, heads, Q, K], True where a query may look at a key; None for everywhere.
+            need_weights: return the weights; by default, if there is a hook or `keep_weights`.
 
         Returns:
-            [B, Q, d] and the weights averaged over heads [B, Q, K] (None unless `keep_weights`).
+            [B, Q, d] and the weights averaged over heads, before dropout [B, Q, K] (None unless needed).
         """
         d = self.embed_dim
         weight, bias = self.in_proj_weight, self.in_proj_bias
@@ -40,19 +42,33 @@ class MultiheadAttention(nn.MultiheadAttention):
         k = self._split_heads(F.linear(key, weight[d:2 * d], bias[d:2 * d]))
         v = self._split_heads(F.linear(value, weight[2 * d:], bias[2 * d:]))
         p = self.dropout if self.training else 0.0
-        weights: Optional[Tensor] = None
         # On a CPU torch, too, forms the weights where there is dropout.
-        if self.keep_weights or (p > 0 and q.device.type == "cpu"):
-            scores = (q * self.head_dim ** -0.5) @ k.transpose(-2, -1)
-            if allowed is not None:
-                scores = scores.masked_fill_(~allowed, float("-inf"))
-            attention = scores.softmax(dim=-1)
-            if self.keep_weights:
-                weights = attention.mean(dim=1)
+        if p > 0 and q.device.type == "cpu":
+            attention = self._attention(q, k, allowed)
             out = dropout(attention, p, self.training) @ v
         else:
+            attention = None
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p)
+        weights: Optional[Tensor] = None
+        if self._weights_are_seen() if need_weights is None else need_weights:
+            weights = (self._attention(q, k, allowed) if attention is None else attention).mean(dim=1)
         return self.out_proj(out.transpose(1, 2).flatten(2)), weights
+
+    def _attention(self, q: Tensor, k: Tensor, allowed: Optional[Tensor]) -> Tensor:
+        """Attention weights of each head [B, heads, Q, K]."""
+        scores = (q * self.head_dim ** -0.5) @ k.transpose(-2, -1)
+        if allowed is not None:
+            scores = scores.masked_fill_(~allowed, float("-inf"))
+        return scores.softmax(dim=-1)
+
+    def _weights_are_seen(self) -> bool:
+        if self.keep_weights or torch.jit.is_scripting():
+            return self.keep_weights
+        return self._has_hooks()
+
+    @torch.jit.unused
+    def _has_hooks(self) -> bool:
+        return bool(self._forward_hooks or nn.modules.module._global_forward_hooks)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)

@@ -146,27 +146,73 @@ def test_queries_that_may_not_look_at_each_other_decode_as_if_alone():
     assert (together - hermits).abs().max() > 1e-3
 
 
-def test_attention_weights_are_formed_on_request_only():
-    model = make_transformer()
-    src, mask, queries, pos = make_input()
+def collect_weights(model):
+    """A dict that gets the second output of each attention at each forward pass, and the hooks' handles."""
     attention = {name: module for name, module in model.named_modules() if isinstance(module, MultiheadAttention)}
     assert len(attention) == 2 + 2 * 3
-    collected = {}
+    collected, handles = {}, []
     for name, module in attention.items():
-        module.register_forward_hook(lambda module, inputs, output, name=name: collected.__setitem__(name, output[1]))
-    with torch.no_grad():
-        plain, _ = model(src, mask, queries, pos)
-        assert all(weights is None for weights in collected.values())
-        for module in attention.values():
-            module.keep_weights = True
-        kept, _ = model(src, mask, queries, pos)
-    torch.testing.assert_close(kept, plain, rtol=0, atol=1e-5)
+        handles.append(module.register_forward_hook(
+            lambda module, inputs, output, name=name: collected.__setitem__(name, output[1])))
+    return collected, handles
+
+
+def check_weights(collected, mask):
     for name, weights in collected.items():
         assert weights.shape == {"encoder": (2, 12, 12), "decoder": (2, 6, 6)}.get(name.split(".")[0]) or \
             "multihead_attn" in name and weights.shape == (2, 6, 12), name
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
         if "decoder" not in name or "multihead_attn" in name:
             assert (weights.transpose(1, 2)[mask.flatten(1)] == 0).all(), "no weight on padding"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_see_attention_weights_and_change_no_number(training):
+    model = make_transformer().train(training)
+    src, mask, queries, pos = make_input()
+    collected, handles = collect_weights(model)
+    torch.manual_seed(3)
+    hooked, _ = model(src, mask, queries, pos)
+    assert len(collected) == 8
+    check_weights(collected, mask)
+    for handle in handles:
+        handle.remove()
+    collected.clear()
+    torch.manual_seed(3)
+    assert torch.equal(model(src, mask, queries, pos)[0], hooked)
+    assert not collected
+
+
+def test_global_hooks_see_attention_weights():
+    model = make_transformer()
+    src, mask, queries, pos = make_input()
+    collected = {}
+    names = {module: name for name, module in model.named_modules() if isinstance(module, MultiheadAttention)}
+
+    def collect(module, inputs, output):
+        if module in names:
+            collected[names[module]] = output[1]
+
+    handle = nn.modules.module.register_module_forward_hook(collect)
+    try:
+        with torch.no_grad():
+            model(src, mask, queries, pos)
+    finally:
+        handle.remove()
+    assert len(collected) == 8
+    check_weights(collected, mask)
+
+
+def test_attention_weights_are_formed_on_request_only():
+    attention = MultiheadAttention(32, 4).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        assert attention(x, x, x)[1] is None
+        out, weights = attention(x, x, x, need_weights=True)
+        assert torch.equal(attention(x, x, x)[0], out) and weights.shape == (2, 5, 5)
+        attention.keep_weights = True
+        assert torch.equal(attention(x, x, x)[1], weights)
+        assert attention(x, x, x, need_weights=False)[1] is None
 
 
 def test_kept_weights_equal_torchs_own():
