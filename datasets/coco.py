@@ -27,8 +27,8 @@ from util.errors import InputError
 from util.files import open_regular, read_json, shown
 
 __all__ = [
-    "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names", "forget_files", "image_folder",
-    "index_ground_truth", "index_instances", "locate", "make_coco_transforms", "num_classes_and_names",
+    "CROP_RESIZES", "CROP_SIZES", "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names",
+    "forget_files", "image_folder", "index_ground_truth", "index_instances", "locate", "make_coco_transforms", "num_classes_and_names",
     "num_classes_of", "paths", "read_ground_truth", "report_left_out", "training_augmentation", "training_categories",
     "transform_sizes",
 ]
@@ -36,8 +36,8 @@ __all__ = [
 TRAIN_SIZES = tuple(range(480, 801, 32))
 MOST_CLASSES = 100_000  # that are read from annotations; larger ids are numbers of other things
 _SIZE_FLAGS = ("train_sizes", "val_size", "max_size", "crop_resize", "crop_size")
-_CROP_RESIZES = (400, 500, 600)
-_CROP_SIZES = (384, 600)
+CROP_RESIZES = (400, 500, 600)
+CROP_SIZES = (384, 600)
 # Tells where the annotations of "train" or "val" lie by the flags; None if no flag says.
 AnnFileOf = Callable[[str, argparse.Namespace], Path | None]
 
@@ -163,10 +163,10 @@ def training_augmentation(
     if crop_size and not (len(crop_size) == 2 and crop_size[0] <= crop_size[1]):
         raise InputError(f"--crop_size {crop_size} is not a smallest and a largest side")
     scale = max(train_sizes) / max(TRAIN_SIZES)
-    smallest, largest = crop_size or [round(side * scale) for side in _CROP_SIZES]
+    smallest, largest = crop_size or [round(side * scale) for side in CROP_SIZES]
     resize = T.RandomResize(train_sizes, max_size)
     crop_and_resize = T.Compose([
-        T.RandomResize(crop_resize or [round(side * scale) for side in _CROP_RESIZES]),
+        T.RandomResize(crop_resize or [round(side * scale) for side in CROP_RESIZES]),
         T.RandomSizeCrop(smallest, largest),
         resize,
     ])

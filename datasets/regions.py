@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from datasets import transforms as T
-from datasets.coco import training_augmentation
+from datasets.coco import CROP_RESIZES, CROP_SIZES, training_augmentation
 from datasets.pretext import (PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, PretextDataset, View, check_sizes, choose_files,
                               open_image)
 from datasets.proposal_cache import CachedProposals
@@ -54,7 +54,9 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> Pre
     max_size = args.pretrain_max_size or PRETRAIN_MAX_SIZE
     check_sizes(sizes)
     if training:
-        transform = training_augmentation(sizes, max_size, args.crop_resize, args.crop_size)
+        # The published crops are those of detection, not scaled to the smaller sizes of pre-training.
+        transform = training_augmentation(sizes, max_size, args.crop_resize or CROP_RESIZES,
+                                          args.crop_size or CROP_SIZES)
     else:
         transform = T.RandomResize([max(sizes)], max_size)
     if args.cache_path:

@@ -191,6 +191,15 @@ def test_published_sizes_are_the_default(tmp_path):
     assert len(sides) > 1 and all(side <= 480 for side in sides)
 
 
+def test_published_crops_are_the_default(folder):
+    """Those of detection, also where images are shown smaller."""
+    for changes, sizes, sides in (({}, [400, 500, 600], (384, 600)),
+                                  ({"crop_resize": [50, 70], "crop_size": [30, 60]}, [50, 70], (30, 60))):
+        _, choice = build_dataset("train", arguments(folder, **changes)).pretext.transform.transforms
+        resize, crop, _ = choice.second.transforms
+        assert resize.sizes == sizes and (crop.min_size, crop.max_size) == sides
+
+
 def test_a_crop_that_loses_every_region_leaves_an_empty_target(folder):
     class CutAway:
         def __call__(self, image, target, rng):
