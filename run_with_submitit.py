@@ -11,6 +11,7 @@ from typing import Any, Dict, Optional
 import main
 from util import recipes
 from util.errors import InputError, Stopped, run_program
+from util.ranges import TOOL_RANGES, check_ranges
 from util.saving import saved_checkpoints
 from util.signals import SAVE, STOP
 
@@ -19,7 +20,6 @@ DEFAULT_CPUS = 10  # for a task with a GPU, as DETR had it
 REQUEUE = signal.SIGUSR2  # submitit has Slurm send it some time before the job's end
 # Slurm announces a pre-emption by SIGTERM, and may then still let the job be.
 REACTIONS = {signal.SIGTERM: SAVE, signal.SIGUSR1: SAVE, REQUEUE: STOP}
-AT_LEAST = {"ngpus": 0, "max_timeouts": 0, "nodes": 1, "timeout": 1, "tasks_per_node": 1, "mem_gb": 1, "cpus_per_task": 1}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -97,10 +97,7 @@ def split_args(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         InputError: if flags contradict each other, so that a mistake is told before the job has waited in the queue.
     """
-    for name, least in AT_LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value} must be at least {least}")
+    check_ranges(args, TOOL_RANGES)
     if args.ngpus and args.tasks_per_node not in (None, args.ngpus):
         raise InputError(f"--tasks_per_node {args.tasks_per_node} contradicts --ngpus {args.ngpus}: there is a process "
                          "for each GPU; the flag is for training on CPUs (--ngpus 0)")

@@ -34,6 +34,7 @@ from PIL import Image, ImageFilter
 from datasets.toy_scene import (CLASS_NAMES, CLASSES, PARTS, PHOTOGRAPHS, STUFF_IDS, STUFF_NAMES, Array, Instance, Scene,
                                 ToySettings, background_region, load_photograph, render_scene)
 from util.errors import InputError, run_program
+from util.ranges import check_ranges
 from util.parallel import imap_in_processes
 
 Json = Dict[str, Any]
@@ -413,6 +414,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Write the toy world that the flags describe and print what is in it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a terminated run, too, clears up behind itself
+    check_ranges(args)
     settings = ToySettings(**{item.name: getattr(args, item.name) for item in fields(ToySettings)})
     start = time.perf_counter()
     written = write_toy(args.output_dir, settings, args.num_workers)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from util.errors import InputError
+from util.ranges import SEED, SHARE, Range, check_ranges, count
 
 Array = np.ndarray
 Pixels = Tuple[int, int, int, int]
@@ -38,6 +39,11 @@ PHOTOGRAPHS = (
     Photograph("ihc.png", "tissue"), Photograph("retina.jpg", "tissue"),
 )
 
+LARGEST_OBJECT = 0.625  # diameter as a share of image_size
+RANGES = {"image_size": count(32, 4096), **{name: count(0) for name in ("num_unlabelled", "num_train", "num_val")},
+          "max_objects": count(1, 100), "min_object": Range(0.05, LARGEST_OBJECT), "empty_share": SHARE,
+          "crowd_share": SHARE, "seed": SEED}
+
 
 @dataclass(frozen=True)
 class ToySettings:
@@ -56,18 +62,9 @@ class ToySettings:
 
     def check(self) -> None:
         """Raise InputError, naming the flag, if a value is out of range."""
-        if not 32 <= self.image_size <= 4096:
-            raise InputError(f"--image_size must lie between 32 and 4096, got {self.image_size}")
-        for name in ("num_unlabelled", "num_train", "num_val", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
-        if not 1 <= self.max_objects <= 100:
-            raise InputError(f"--max_objects must lie between 1 and 100, got {self.max_objects}")
-        if not 0.05 <= self.min_object <= LARGEST_OBJECT:
-            raise InputError(f"--min_object must lie between 0.05 and {LARGEST_OBJECT}, got {self.min_object}")
-        if min(self.empty_share, self.crowd_share) < 0 or self.empty_share + self.crowd_share > 1:
-            raise InputError("--empty_share and --crowd_share must not be negative nor exceed 1 together, "
-                             f"got {self.empty_share} and {self.crowd_share}")
+        check_ranges(self, RANGES)
+        if self.empty_share + self.crowd_share > 1:
+            raise InputError(f"--empty_share {self.empty_share} and --crowd_share {self.crowd_share} exceed 1 together")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +167,6 @@ STUFF_IDS = {name: 21 + 2 * i for i, name in enumerate(STUFF_NAMES)}
 
 SUPERSAMPLING = 4  # sub-pixels per pixel and direction when an object is drawn
 MIN_VISIBLE = 0.55  # no object is covered or cut off beyond this share of its area
-LARGEST_OBJECT = 0.625  # diameter as a share of image_size
 CROWD_SIZES = (0.07, 0.11)
 
 

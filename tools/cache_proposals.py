@@ -25,6 +25,7 @@ from datasets.proposal_cache import Entry, ProposalCache
 from datasets.selective_search import propose_regions, require_opencv
 from util.errors import InputError, run_program
 from util.parallel import available_cpus, imap_in_processes
+from util.ranges import TOOL_RANGES, check_ranges
 
 SECONDS_PER_LINE = 30  # between two lines of progress in a log; a terminal sees one line change
 
@@ -132,8 +133,7 @@ class ProgressLine:
 
 def fill(args: argparse.Namespace) -> None:
     """Compute what the cache lacks, and print how it went."""
-    if args.num_workers is not None and args.num_workers < 0:
-        raise InputError(f"--num_workers {args.num_workers} must be at least 0")
+    check_ranges(args, TOOL_RANGES)
     require_opencv()
     files = list_images(args.imagenet_path)
     if args.class_list:

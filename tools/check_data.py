@@ -23,6 +23,7 @@ from datasets.survey import Files, Survey, find_files, survey
 from tools import clean_copy
 from util.errors import InputError, run_program
 from util.parallel import imap_in_processes
+from util.ranges import TOOL_RANGES, check_ranges
 from util.recipes import RECIPES
 
 _OWN_FILES = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations", "clean")
@@ -82,9 +83,7 @@ def resolve(args: argparse.Namespace) -> None:
     for name in sorted({flag for flags in FLAGS_OF.values() for flag in flags}):
         if getattr(args, name) is not None and name not in FLAGS_OF[args.dataset_file]:
             raise InputError(f"--{name} has no effect with --dataset_file {args.dataset_file}")
-    for name in ("num_classes", "num_queries"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    check_ranges(args, TOOL_RANGES)
     args.num_queries = args.num_queries or NUM_QUERIES
     args.masks, args.apply_exif = bool(args.masks), bool(args.apply_exif)
 

@@ -26,6 +26,7 @@ from datasets.checks import leaves_folder
 from datasets.image_io import UnreadableImage, open_picture
 from tools.output import refuse_others, remember, writing
 from util.errors import InputError, run_program
+from util.ranges import TOOL_RANGES, check_ranges
 
 SHIP = {"id": 1, "name": "ship"}
 COLUMNS = ["ImageId", "EncodedPixels"]
@@ -139,8 +140,7 @@ def _size_of(path: Path) -> Tuple[int, int]:
 
 def main(args: argparse.Namespace) -> None:
     """Convert, write and say what there is."""
-    if not 0 < args.val_share < 1:
-        raise InputError(f"--val_share {args.val_share} is not between 0 and 1")
+    check_ranges(args, TOOL_RANGES)
     paths = {part: Path(args.output_dir, f"instances_{part}.json") for part in ("train", "val")}
     refuse_others("--output_dir", paths.values())
     parts = convert(read_ships(args.csv), args.images, args.val_share, args.keep_empty)

@@ -16,6 +16,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from tools.output import replace_json
 from util.errors import InputError, run_program
+from util.ranges import TOOL_RANGES, check_ranges, count
 
 # Small images of few and large objects: what a detector learns of them in minutes is more than noise.
 WORLD = "--image_size 96 --max_objects 3 --min_object 0.3".split()
@@ -269,8 +270,9 @@ def drop_epoch(epochs: int) -> int:
     return max(1, round(0.8 * epochs))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("demo", description=__doc__)
+def get_args_parser() -> argparse.ArgumentParser:
+    """The program's flags."""
+    parser = argparse.ArgumentParser("python -m tools.demo", description=__doc__)
     parser.add_argument("--output_dir", default="outputs/demo")
     parser.add_argument("--seed", type=int, default=1, help="seed of the trainings; the world stays the same")
     parser.add_argument("--num_unlabelled", type=int, default=4800)
@@ -280,8 +282,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12, help="of each fine-tuning")
     parser.add_argument("--eval_every", type=int, default=4)
     parser.add_argument("--detreg", action="store_true", help="with DETReg")
-    Demo(parser.parse_args()).run()
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check the flags and run the phases."""
+    check_ranges(args, {**TOOL_RANGES, "epochs": count()})
+    Demo(args).run()
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(lambda: main(get_args_parser().parse_args()))

@@ -33,6 +33,7 @@ from tools.output import refuse_others, remember, require_ending, writing
 from tools.predict import names_of_classes
 from util.errors import InputError, run_program
 from util.misc import NestedTensor
+from util.ranges import TOOL_RANGES, check_ranges
 
 INFO_KEY = "detr"
 # Batches that the written program is tried on, apart from the one that it was traced with: one image and several, two
@@ -229,6 +230,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Load, write, load again, compare."""
+    check_ranges(args, TOOL_RANGES)
     form = FORMATS[args.format]
     path = Path(args.output or f"outputs/detr{form.ending}")
     require_ending(str(path), [form.ending], "--output")

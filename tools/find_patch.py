@@ -23,10 +23,11 @@ from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, RandomPatches
 from datasets.transforms import normalize_image, resize_to, resized_size, sample_rng
 from engine import most_confident_boxes
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font, text_colour, to_picture
-from tools.loading import PRETRAINED, Loaded, add_checkpoint_flags, load_model, require_at_least_one
+from tools.loading import PRETRAINED, Loaded, add_checkpoint_flags, load_model
 from tools.output import PICTURES, refuse_others, remember, require_ending, write_json_lines, writing
 from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
 from util.errors import InputError, run_program
+from util.ranges import TOOL_RANGES, check_ranges
 
 # Of the figure, in pixels: least side of the square that a patch is drawn in, the frame around it, space, headline.
 CELL, FRAME, MARGIN, HEADER = 120, 5, 6, 28
@@ -219,7 +220,7 @@ def read_resized(path: str, size: int, max_size: int) -> Tuple[Tensor, Tuple[int
 
 def main(args: argparse.Namespace) -> None:
     """Cut, look, draw and write."""
-    require_at_least_one(args, "size", "max_size", "patch_size", "num_patches")
+    check_ranges(args, TOOL_RANGES)
     require_ending(args.output, PICTURES, "--output")
     written = [Path(args.output), Path(args.output).with_suffix(".json")]
     refuse_others("--output", written)

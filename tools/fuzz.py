@@ -27,9 +27,9 @@ from datasets.panoptic_eval import PanopticEvaluator
 from datasets.survey import find_files, survey
 from main import get_args_parser as get_training_parser
 from tools import check_data, clean_copy
-from tools.loading import require_at_least_one
 from util import recipes
 from util.errors import InputError, run_program
+from util.ranges import TOOL_RANGES, check_ranges
 
 SECONDS = 20  # that reading a data set may take
 LONGEST_SENTENCE = 1200
@@ -337,7 +337,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Fuzz and say what came of it."""
-    require_at_least_one(args, "examples")
+    check_ranges(args, TOOL_RANGES)
     try:
         import hypothesis  # noqa: F401
     except ImportError as error:

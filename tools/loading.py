@@ -102,10 +102,3 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, checkpoint_help: str,
     group = parser.add_argument_group("for checkpoints that hold weights without flags")
     group.add_argument("--nheads", type=int, help="attention heads (8)")
     group.add_argument("--dilation", action="store_true", default=None, help="the backbone is a DC5")
-
-
-def require_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError unless each of these flags that is given is 1 or more."""
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} is not at least 1")

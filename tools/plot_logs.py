@@ -6,6 +6,7 @@ from typing import Dict, List, Sequence
 from tools.output import refuse_others, remember, require_ending, writing
 from util.errors import InputError, run_program
 from util.plot_utils import Line, field_curves, known_fields, plot_logs, pyplot, read_log, run_labels
+from util.ranges import TOOL_RANGES, check_ranges
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 DEFAULT_FIELDS = ("loss", "AP", "AP50", "AP_per_class", "maskAP", "PQ", "patch_iou")
@@ -41,6 +42,7 @@ def default_fields(runs: Dict[str, List[Line]]) -> Sequence[str]:
 
 def main(args: argparse.Namespace) -> None:
     """Read the logs, draw, and say where the picture is."""
+    check_ranges(args, TOOL_RANGES)
     plt = pyplot()
     plt.switch_backend("agg")  # works where there is no screen
     require_ending(args.output, FORMATS, "--output")

@@ -33,12 +33,13 @@ from datasets.image_io import UnreadableImage, read_image
 from datasets.pretext import list_images
 from models import build_postprocess
 from models.segmentation import PostProcessPanoptic, PostProcessSegm
-from tools.drawing import LARGEST_SIDE, distinct_colour, draw_boxes, side_by_side
-from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
+from tools.drawing import distinct_colour, draw_boxes, side_by_side
+from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import refuse_others, remember, write_json_lines, writing
 from tools.views import ObjectView, PanopticView, Style, draw_entries, name_of, save_picture
 from util.errors import InputError, run_program
 from util.misc import nested_tensor_from_tensor_list
+from util.ranges import TOOL_RANGES, check_ranges
 
 COCO_NUM_CLASSES = (91, 250)  # of the published detectors and panoptic models
 VIEWS = ("boxes", "masks", "panoptic")  # what can be shown
@@ -272,11 +273,7 @@ def draw_beside(picture: Image.Image, image: Tensor, true: Optional[List[Dict[st
 
 def main(args: argparse.Namespace) -> None:
     """Detect, draw and write; exits with status 1 at the end if some images could not be read."""
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise InputError(f"--threshold {args.threshold} is not within 0 and 1")
-    require_at_least_one(args, "batch_size", "val_size", "max_size", "max_detections", "line_width")
-    if args.line_width is not None and args.line_width > LARGEST_SIDE:
-        raise InputError(f"--line_width {args.line_width} is more than pictures have pixels ({LARGEST_SIDE})")
+    check_ranges(args, TOOL_RANGES)
     true = TrueObjects(args.annotations) if args.annotations else None
     sources = find_images(args.images, args.output_dir)
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,

@@ -27,6 +27,7 @@ from tools.output import refuse_others, remember, writing
 from util.checkpoint import save_checkpoint
 from util.errors import InputError, run_program
 from util.host_memory import keep_freed_memory
+from util.ranges import TOOL_RANGES, check_ranges, count
 
 CANVAS = 64  # pixels of a drawn image
 CROPS = (46, 64)  # pixels of the random part of it that a training step sees …
@@ -199,9 +200,7 @@ def main(args: argparse.Namespace) -> Optional[Dict[str, float]]:
     Raises:
         InputError: for values out of range, or if the file can't be written.
     """
-    for name in ("steps", "batch_size", "num_images"):
-        if getattr(args, name) < 2:
-            raise InputError(f"--{name} must be at least 2, got {getattr(args, name)}")
+    check_ranges(args, {**TOOL_RANGES, "batch_size": count(2)})
     if Path(args.output).is_dir():
         raise InputError(f"--output {args.output} is a folder; name a file")
     refuse_others("--output", [Path(args.output)])

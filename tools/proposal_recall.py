@@ -27,12 +27,13 @@ from datasets.image_io import UnreadableImage
 from datasets.selective_search import require_opencv
 from engine import to_device
 from tools.cache_proposals import ProgressLine
-from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
+from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import refuse_others, remember, writing
 from tools.regions import find_objects, search_regions
 from util import recipes
 from util.errors import InputError, run_program
 from util.parallel import imap_in_processes
+from util.ranges import TOOL_RANGES, check_ranges
 
 COUNTS = (10, 100, 1000)  # boxes per image
 AREAS = ("AR", "AR_small", "AR_medium", "AR_large")  # of COCO's areas: all, below 32² pixels, to 96², above
@@ -158,9 +159,9 @@ def follow(found: Iterable[Found], num_images: int) -> Iterator[Found]:
 
 def main(args: argparse.Namespace) -> None:
     """Find boxes, evaluate them, print the figures and write them if asked to."""
+    check_ranges(args, TOOL_RANGES)
     if bool(args.checkpoint) == args.selective_search:
         raise InputError("whose boxes? give either --checkpoint FILE_OR_URL or --selective_search")
-    require_at_least_one(args, "batch_size", "val_size", "max_size")
     for name in OF_MODEL if args.selective_search else ():
         if getattr(args, name) is not None:
             raise InputError(f"--{name} has no effect with --selective_search")

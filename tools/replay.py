@@ -15,6 +15,7 @@ import main
 from util.checkpoint import load_checkpoint
 from util.distributed import print_main
 from util.errors import InputError, Stopped, run_program
+from util.ranges import TOOL_RANGES, check_ranges
 
 NEEDED = {"message", "epoch", "step", "image_ids", "losses", "args", "given", "source", "world_size"}
 
@@ -76,6 +77,7 @@ def require_source(bundle: Dict[str, Any]) -> None:
 
 def replay(options: argparse.Namespace) -> None:
     """Train up to the failure."""
+    check_ranges(options, TOOL_RANGES)
     bundle = read_bundle(options.bundle)
     print(describe(bundle), flush=True)
     if options.show:

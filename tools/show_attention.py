@@ -17,11 +17,12 @@ from datasets.transforms import normalize_image, resize_to, resized_size
 from models.detr import PostProcess
 from tools.attention import Attention, enlarge, look, stride_of
 from tools.drawing import Colour, LabelledBox, Rectangle, distinct_colour, draw_boxes, font, text_colour, to_picture
-from tools.loading import DETECTOR, add_checkpoint_flags, load_model, require_at_least_one
+from tools.loading import DETECTOR, add_checkpoint_flags, load_model
 from tools.output import PICTURES, refuse_others, remember, require_ending, writing
 from tools.predict import names_of_classes
 from util.errors import InputError, run_program
 from util.plot_utils import pyplot
+from util.ranges import TOOL_RANGES, check_ranges
 from util.recipes import MODELS
 
 # Of the picture: maps in a row, long side of a map, height of captions, height of headlines, space, in pixels.
@@ -182,9 +183,7 @@ def report(found: Sequence[Found], maps: Sequence[Map], scale: Tensor) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Look, draw and write."""
-    if not 0 <= args.threshold <= 1:
-        raise InputError(f"--threshold {args.threshold} is not within 0 and 1")
-    require_at_least_one(args, "max_detections", "val_size", "max_size")
+    check_ranges(args, TOOL_RANGES)
     require_ending(args.output, PICTURES, "--output")
     refuse_others("--output", [Path(args.output)])
     try:

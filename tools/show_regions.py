@@ -16,11 +16,12 @@ from datasets.coco import make_coco_transforms
 from datasets.image_io import UnreadableImage, read_image
 from datasets.selective_search import require_opencv
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font
-from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model, require_at_least_one
+from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import PICTURES, refuse_others, remember, require_ending, writing
 from tools.regions import find_objects, search_regions
 from util.errors import InputError, run_program
 from util.misc import nested_tensor_from_tensor_list
+from util.ranges import TOOL_RANGES, check_ranges
 
 # Of the figure, in pixels: largest sides of an image, space between images, and the headline.
 PANEL, MARGIN, HEADER = 400, 6, 28
@@ -87,7 +88,7 @@ def draw(rows: List[Tuple[Image.Image, Image.Image]], headlines: Tuple[str, str]
 
 def main(args: argparse.Namespace) -> None:
     """Propose, find, draw and write."""
-    require_at_least_one(args, "num_boxes", "val_size", "max_size")
+    check_ranges(args, TOOL_RANGES)
     require_ending(args.output, PICTURES, "--output")
     refuse_others("--output", [Path(args.output)])
     require_opencv()

@@ -69,9 +69,29 @@ RANGES: Mapping[str, Range] = {
     "local_rank": count(-1),  # -1: a launcher's word for no other processes
 }
 
+# The same for the other programs, which share many of main.py's names.
+TOOL_RANGES: Mapping[str, Range] = {
+    **RANGES,
+    **{name: count() for name in (
+        "max_detections", "decoder_layer", "encoder_layer", "num_boxes", "examples", "faults", "seeds", "opset", "values",
+        "train_batch", "inference_batch", "eval_images", "num_unlabelled", "num_labelled", "num_val", "pretrain_epochs",
+        "nodes", "timeout", "mem_gb")},
+    **{name: count(1, 2 ** 16) for name in (
+        "size", "pretrain_size", "finetune_size", "inference_size", "photo_size")},
+    **{name: count(1, 4096) for name in ("jobs", "processes", "threads", "tasks_per_node", "cpus_per_task")},
+    **{name: count(2) for name in ("steps", "num_images")},
+    "ngpus": count(0, 4096), "max_timeouts": count(0),
+    "random": count(0, 10000),
+    "line_width": count(1, 1600),  # as many pixels as drawn pictures have
+    "threshold": SHARE,
+    "val_share": Range(0, 1, above=True, below=True),
+    "ewm_col": NOT_NEGATIVE,
+    "seconds": Range(0, 10 ** 5),
+}
 
-def check_ranges(args: argparse.Namespace, ranges: Mapping[str, Range] = RANGES) -> None:
-    """Raise InputError for the first flag that has a value, or an item of a list, out of its range. None is not given."""
+
+def check_ranges(args: Any, ranges: Mapping[str, Range] = RANGES) -> None:
+    """Raise InputError for the first flag, an attribute of `args`, that has a value, or an item of a list, out of its range. None is not given."""
     for name, allowed in ranges.items():
         value = getattr(args, name, None)
         for item in value if isinstance(value, (list, tuple)) else [value]:

@@ -237,7 +237,7 @@ def test_growth_of_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words, sentence", [
     (["--parts", "speed"], "--parts speed is not one of training, inference"),
     (["--seconds", "-1"], "--seconds -1.0 must be at least 0"),
-    (["--train_batch", "0"], "--train_batch 0 must be more than 0"),
+    (["--train_batch", "0"], "--train_batch 0 must be at least 1"),
     (["--finetune_size", "640", "8"], "--finetune_size 640 8: each side must be at least 96"),
     (["--against", "nowhere"], "--against nowhere is neither hf nor torchvision nor a folder with a main.py"),
     (["--output", "figures.txt"], "--output figures.txt: the name must end in one of .json"),

@@ -101,5 +101,5 @@ def test_mistakes(airbus, content, message):
     (airbus / "ships.csv").write_text(content)
     with pytest.raises(InputError, match=message):
         convert(airbus)
-    with pytest.raises(InputError, match="^--val_share 1.0 is not between 0 and 1$"):
+    with pytest.raises(InputError, match="^--val_share 1.0 must be less than 1$"):
         convert(airbus, "--val_share", "1")

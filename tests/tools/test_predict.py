@@ -101,10 +101,10 @@ def test_wrong_input_is_told_in_a_sentence(detector: Path, photos: Path, tmp_pat
     (tmp_path / "empty").mkdir()
     assert refused(photos / "nothing.jpg") == f"error: {photos}/nothing.jpg: no such file or folder\n"
     assert f"image folder {tmp_path}/empty has no images" in refused(tmp_path / "empty")
-    assert refused(photos, "--threshold", 70) == "error: --threshold 70.0 is not within 0 and 1\n"
-    assert refused(photos, "--batch_size", 0) == "error: --batch_size 0 is not at least 1\n"
-    assert refused(photos, "--line_width", -1) == "error: --line_width -1 is not at least 1\n"
-    assert refused(photos, "--max_detections", 0) == "error: --max_detections 0 is not at least 1\n"
+    assert refused(photos, "--threshold", 70) == "error: --threshold 70.0 must be at most 1\n"
+    assert refused(photos, "--batch_size", 0) == "error: --batch_size 0 must be at least 1\n"
+    assert refused(photos, "--line_width", -1) == "error: --line_width -1 must be at least 1\n"
+    assert refused(photos, "--max_detections", 0) == "error: --max_detections 0 must be at least 1\n"
     assert f"annotation file {tmp_path}/none.json" in refused(photos, "--annotations", tmp_path / "none.json")
     assert f"the picture {photos}/wide.jpg would overwrite an image" in refused(photos, "--output_dir", photos)
     (tmp_path / "file").touch()

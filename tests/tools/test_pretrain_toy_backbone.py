@@ -71,8 +71,8 @@ def test_training_batches_have_every_size():
     assert shapes == {(2, 3, size, size) for size in program.SIZES}
 
 
-@pytest.mark.parametrize("more, message", [(["--steps", "0"], "--steps must be at least 2"),
-                                           (["--num_images", "1"], "--num_images must be at least 2")])
+@pytest.mark.parametrize("more, message", [(["--steps", "0"], "--steps 0 must be at least 2"),
+                                           (["--num_images", "1"], "--num_images 1 must be at least 2")])
 def test_values_out_of_range_are_refused(tmp_path, more, message):
     with pytest.raises(InputError, match=message):
         program.main(flags(tmp_path / "backbone.pth", *more))

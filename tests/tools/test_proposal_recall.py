@@ -129,5 +129,5 @@ def test_wrong_use_is_told(detector: Path, pretrained: Path, toy: Path, run_main
     assert "error: --coco_path is missing" in run_main(proposal_recall, ["--checkpoint", detector], status=2)
     assert "which finds patches and knows no classes" in run_main(
         proposal_recall, ["--checkpoint", pretrained, "--coco_path", toy / "coco"], status=2)
-    assert "error: --batch_size 0 is not at least 1" in run_main(
+    assert "error: --batch_size 0 must be at least 1" in run_main(
         proposal_recall, ["--checkpoint", detector, "--batch_size", 0], status=2)

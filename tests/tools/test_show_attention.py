@@ -129,9 +129,9 @@ def test_wrong_input_is_told_in_a_sentence(detector: Path, photos: Path, tmp_pat
     assert refused("--point", "5") == "error: --point 5: write two numbers, x,y\n"
     assert refused("--point", "100,5") == "error: --point 100,5 lies outside the image, which has 100 x 60 pixels\n"
     assert refused("--decoder_layer", 3) == "error: --decoder_layer 3: the model's decoder has 2 layers\n"
-    assert refused("--encoder_layer", 0) == "error: --encoder_layer 0: the model's encoder has 2 layers\n"
-    assert refused("--threshold", 2) == "error: --threshold 2.0 is not within 0 and 1\n"
-    assert refused("--max_detections", 0) == "error: --max_detections 0 is not at least 1\n"
+    assert refused("--encoder_layer", 0) == "error: --encoder_layer 0 must be at least 1\n"
+    assert refused("--threshold", 2) == "error: --threshold 2.0 must be at most 1\n"
+    assert refused("--max_detections", 0) == "error: --max_detections 0 must be at least 1\n"
     assert "the name must end in one of" in refused("--output", "a.txt")
 
 

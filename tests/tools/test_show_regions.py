@@ -53,7 +53,7 @@ def test_pictures_of_different_shapes() -> None:
 
 
 def test_wrong_use_is_told(detector: Path, tmp_path: Path, run_main: Callable) -> None:
-    for words, message in ((["--num_boxes", 0], "--num_boxes 0 is not at least 1"),
+    for words, message in ((["--num_boxes", 0], "--num_boxes 0 must be at least 1"),
                            (["--output", "a.gif"], "--output a.gif: the name must end in one of .png, .jpg, .webp")):
         assert run_main(show_regions, ["--checkpoint", detector, "none.jpg", *words], status=2) == f"error: {message}\n"
     message = run_main(show_regions, ["--checkpoint", detector, tmp_path / "none.jpg"], status=2)

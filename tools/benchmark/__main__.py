@@ -21,6 +21,7 @@ from tools.benchmark.steps import measure_step, peak_type
 from tools.benchmark.workloads import WORKLOADS
 from tools.output import refuse_others, remember, require_ending, writing
 from util.errors import InputError, run_program
+from util.ranges import TOOL_RANGES, check_ranges
 
 GROUPS = {"training": [name for name, workload in WORKLOADS.items() if workload.training],
           "inference": [name for name, workload in WORKLOADS.items() if not workload.training],
@@ -75,6 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for what can't be measured."""
+    check_ranges(args, TOOL_RANGES)
     if args.values and len(args.growth) != 1:
         raise InputError("--values needs --growth with one axis")
     if args.parts is None:
@@ -82,13 +84,6 @@ def check(args: argparse.Namespace) -> None:
     unknown = [part for part in args.parts if part not in PARTS and part not in GROUPS]
     if unknown:
         raise InputError(f"--parts {unknown[0]} is not one of {', '.join([*GROUPS, *PARTS])}")
-    if args.seconds < 0:
-        raise InputError(f"--seconds {args.seconds} must be at least 0")
-    for name in ("train_batch", "inference_batch", "eval_images", "threads", "processes", "values"):
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and value <= 0:
-                raise InputError(f"--{name} {value} must be more than 0")
     for name in ("pretrain_size", "finetune_size", "inference_size", "photo_size"):
         height, width = getattr(args, name)
         if min(height, width) < LEAST_SIDE:

@@ -26,6 +26,7 @@ from tools.reproduce.rows import CHOOSE, REPORT, ROWS, WORLD, Plan
 from tools.reproduce.running import ROOT, Runner
 from util.errors import InputError, run_program
 from util.parallel import available_cpus
+from util.ranges import TOOL_RANGES, check_ranges
 
 SETTINGS, RESULTS = "settings.json", "results.json"
 GPU_JOBS = 4  # trainings that share a GPU, as small as these are
@@ -57,9 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Run what is left of the reproduction, then draw and write."""
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    check_ranges(args, TOOL_RANGES)
     preset, folder = load_preset(args.preset), Path(args.output_dir).absolute()
     page = Path(args.page or folder / "reproduction.md")
     tried = [_read_results(other) for other in args.tried]

@@ -25,11 +25,11 @@ from typing import Dict, List, Optional, Tuple
 import torch
 
 from datasets.toy import ToySettings, write_toy
-from tools.loading import require_at_least_one
 from tools.torture.attempts import Attempt, warm_up
 from tools.torture.faults import DISK_MB, ON_IMAGES, ON_RUNS, ON_TWO_PROCESSES, Fault, Place, SmallDisk
 from util.checkpoint import load_checkpoint
 from util.errors import InputError, run_program
+from util.ranges import TOOL_RANGES, check_ranges
 from util.saving import newest_checkpoint
 
 EPOCHS, IMAGES = 4, 24
@@ -246,7 +246,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Torture and report; exits with status 1 if anything was lost."""
-    require_at_least_one(args, "faults")
+    check_ranges(args, TOOL_RANGES)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unmounts the disk, as Ctrl-C does
     with SmallDisk() as disk:
         folder = Path(args.output_dir or disk.scratch)
