@@ -1,16 +1,21 @@
 """Deformable DETR: sigmoid classification over a deformable transformer on several feature maps (Zhu et al., 2021)."""
 import copy
 import math
-from typing import Dict, List, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import criterion
+from models.classification import FocalClassification, SoftmaxClassification
 from models.deformable_transformer import Encoded, move_boxes
 from models.heads import MLP, HeadLinear
+from models.matcher import HungarianMatcher
 from util.box_ops import box_cxcywh_to_xyxy
 from util.misc import NestedTensor, at_least_float32, nested_tensor_from_tensor_list
+
+__all__ = ["DeformableDETR", "MLP", "PostProcess", "PostProcessFocal", "SetCriterion"]
 
 NORM_GROUPS = 32  # of the group norm behind the projection of each feature map
 PRIOR = 0.01  # probability that each class starts with
@@ -205,3 +210,24 @@ class PostProcessFocal(nn.Module):
         scale = torch.stack([width, height, width, height], dim=1).to(boxes.dtype)
         boxes = box_cxcywh_to_xyxy(boxes).gather(1, query[:, :, None].expand(-1, -1, 4)) * scale[:, None, :]
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
+
+
+PostProcess = PostProcessFocal  # its published name
+
+
+class SetCriterion(criterion.SetCriterion):
+    """The loss with sigmoid classification, by the published arguments.
+
+    Args:
+        num_classes, matcher, weight_dict, losses, embedder: as for `models.criterion.SetCriterion`. A
+            `HungarianMatcher` that was made for a softmax is set to match by the focal loss.
+        focal_alpha: weight of a query's own class, against 1 - focal_alpha for the others.
+    """
+
+    def __init__(self, num_classes: int, matcher: Callable[..., criterion.Indices],
+                 weight_dict: Dict[str, float], losses: Sequence[str], focal_alpha: float = 0.25, *,
+                 embedder: Optional[Callable[[Tensor], Tensor]] = None) -> None:
+        focal = FocalClassification(focal_alpha)
+        if isinstance(matcher, HungarianMatcher) and isinstance(matcher.classification, SoftmaxClassification):
+            matcher.classification = focal
+        super().__init__(num_classes, matcher, weight_dict, None, losses, embedder, classification=focal)

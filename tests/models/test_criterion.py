@@ -281,7 +281,7 @@ def test_box_losses_pass_gradcheck():
     matching = Matching(image=torch.zeros_like(index), query=index, target=index)
 
     def losses_of(boxes):
-        losses = criterion.loss_boxes({"pred_boxes": boxes}, targets, matching, num_boxes=torch.tensor(3.0))
+        losses = criterion._box_losses({"pred_boxes": boxes}, targets, matching, num_boxes=torch.tensor(3.0))
         return losses["loss_bbox"], losses["loss_giou"]
 
     assert torch.autograd.gradcheck(losses_of, predicted.requires_grad_())
