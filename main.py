@@ -263,7 +263,8 @@ def _given_options(args: argparse.Namespace, rates: Tuple[str, ...]) -> Dict[str
 def build_train_loader(dataset: Any, args: argparse.Namespace) -> DataLoader:
     """Shuffled batches of equal size, shared out among processes; an incomplete last batch is left out."""
     groups = aspect_groups(file_sizes(dataset)) if args.group_by_aspect else None
-    batches = TrainBatches(len(dataset), args.batch_size, args.seed, get_rank(), get_world_size(), groups)
+    batches = TrainBatches(len(dataset), args.batch_size, args.seed, get_rank(), get_world_size(), groups,
+                           checksum=dataset.samples_checksum() if hasattr(dataset, "samples_checksum") else 0)
     if not len(batches):
         raise InputError(f"--batch_size {args.batch_size} is more than the {len(dataset) // get_world_size()} training images "
                          "of each process")
@@ -341,6 +342,8 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
     """The epochs from where `state` stands to the last; `model` is `state.model` or its DistributedDataParallel wrapper.
     Signals that `listener` hears are answered after a step; one after `last_step` (epoch, step) is not taken."""
     dataset = build_dataset("train", args)
+    dataset.recall_unreadable(state.unreadable)
+    state.list_unreadable = lambda: dataset.unreadable
     loader = build_train_loader(dataset, args)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print_main(training_summary(args, state.model, state.optimizer, state.class_names, len(dataset),

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from datasets import transforms as T
 from datasets.checks import (Problem, class_names, draw_segmentation, encode_segmentation, ground_truth_problems,
                              image_doubts, is_count, raise_first, read_labelled_image)
 from datasets.image_io import UnreadableImage, read_sizes, warn_once
-from datasets.packed import pack_records
+from datasets.packed import checksum, pack_records
 from datasets.subsets import restriction
 from datasets.usable_images import UsableImages
 from util.distributed import print_main
@@ -270,6 +270,19 @@ class DetectionDataset(Dataset):
     def objects_per_image(self) -> Tensor:
         """Returns how many annotations each sample's target is made from, int64 [len(self)]."""
         return self._starts[:len(self.ids) + 1].diff()
+
+    @property
+    def unreadable(self) -> list[str]:
+        """File names of the images that this process or its workers could not read so far."""
+        return self._usable.unreadable
+
+    def recall_unreadable(self, names: Iterable[str]) -> None:
+        """Counts the images that the run which is continued could not read, see `UsableImages.recall_unreadable`."""
+        self._usable.recall_unreadable(names)
+
+    def samples_checksum(self) -> int:
+        """Returns a checksum of which image each sample shows: of image ids and file names, in the samples' order."""
+        return checksum((self.ids[index], self._name(index)) for index in range(len(self)))
 
     def gather_unreadable(self) -> list[str]:
         """Returns the file names of images that no process could read so far; each process must call this.

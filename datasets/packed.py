@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import marshal
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["Packed", "pack_paths", "pack_records"]
+__all__ = ["Packed", "checksum", "pack_paths", "pack_records"]
 
 Item = TypeVar("Item")
 
@@ -36,6 +37,14 @@ class Packed(Sequence[Item]):
         if not 0 <= index < len(self):
             raise IndexError(f"{index} is not an index of {len(self)} items")
         return self._decode(self._block[self._ends[index]:self._ends[index + 1]])
+
+
+def checksum(items: Iterable[Any]) -> int:
+    """Return a checksum of strings, numbers or tuples of these, and of their order."""
+    total = 0
+    for item in items:
+        total = zlib.crc32(repr(item).encode("utf-8", "backslashreplace") + b"\n", total)
+    return total
 
 
 def pack_paths(paths: Iterable[str]) -> Packed[str]:

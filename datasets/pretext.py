@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from datasets import transforms as T
 from datasets.image_io import IMAGE_EXTENSIONS, read_image, read_sizes
-from datasets.packed import pack_paths
+from datasets.packed import checksum, pack_paths
 from datasets.patches import PatchAugmentation, augment_patches, cut_patches
 from datasets.usable_images import UsableImages
 from util.box_ops import box_xyxy_to_cxcywh
@@ -384,6 +384,14 @@ class PretextDataset(Dataset):
     def unsuited(self) -> list[str]:
         """Relative paths of the images passed over so far because they are too small, or show nothing."""
         return self._usable.unsuited
+
+    def recall_unreadable(self, names: Iterable[str]) -> None:
+        """Counts the images that the run which is continued could not read, see `UsableImages.recall_unreadable`."""
+        self._usable.recall_unreadable(names)
+
+    def samples_checksum(self) -> int:
+        """Returns a checksum of which image each sample shows: of paths, in the samples' order."""
+        return checksum(self.files)
 
     def gather_unreadable(self) -> list[str]:
         """Returns `unreadable` over all processes, each of which must call this.

@@ -24,19 +24,22 @@ class TrainBatches(Sampler):
         rank, world_size: of this process; how many there are.
         groups: int [num_samples], the group of each sample: all samples of a global batch then have the same. A batch
             has its place in the order where its last sample has it.
+        checksum: says which images the samples show, see `PretextDataset.samples_checksum`; 0 if that isn't known.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1,
-                 groups: Sequence[int] | None = None) -> None:
+                 groups: Sequence[int] | None = None, *, checksum: int = 0) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.groups = np.zeros(num_samples, np.int64) if groups is None else np.asarray(groups)
+        self.checksum = checksum
         self.set_epoch(0)
 
     @property
     def order(self) -> list[int]:
-        """What the order of every epoch's samples depends on: the seed, the number of samples and a sum over the groups."""
-        return [self.seed, self.num_samples, zlib.crc32(self.groups.astype(np.int64).tobytes())]
+        """What decides which image comes when in an epoch: the seed, the number of samples, and checksums of the groups and
+        of the images."""
+        return [self.seed, self.num_samples, zlib.crc32(self.groups.astype(np.int64).tobytes()), self.checksum]
 
     @property
     def global_batch(self) -> int:

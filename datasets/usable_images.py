@@ -16,6 +16,7 @@ __all__ = ["UNREADABLE_SHARE", "UsableImages"]
 
 UNREADABLE_SHARE = 0.01
 _USABLE, _UNREADABLE, _UNSUITED = 0, 1, 2
+_WAS_UNREADABLE = 3  # in the run that this one continues: counts like _UNREADABLE, and is tried again when its turn comes
 
 Shown = TypeVar("Shown")
 
@@ -38,8 +39,15 @@ class UsableImages:
 
     @property
     def unreadable(self) -> list[str]:
-        """Names of the images that this process or its workers could not read so far."""
-        return [self.name_of(index) for index in self._indices(_UNREADABLE)]
+        """Names of the images that this process, its workers or the run it continues could not read so far."""
+        return [self.name_of(index) for index in self._unreadable()]
+
+    def recall_unreadable(self, names: Iterable[str]) -> None:
+        """Count images that the run which is continued could not read; each is tried again when its turn comes."""
+        wanted = set(names)
+        for index in range(len(self._state)) if wanted else ():
+            if self._state[index] == _USABLE and self.name_of(index) in wanted:
+                self._state[index] = _WAS_UNREADABLE
 
     @property
     def unsuited(self) -> list[str]:
@@ -60,7 +68,7 @@ class UsableImages:
             InputError: none of them is usable; or more than 1 % of all images (and more than one) cannot be read.
         """
         for index in candidates:
-            if self._state[index] != _USABLE:
+            if self._state[index] in (_UNREADABLE, _UNSUITED):
                 continue
             try:
                 shown = show(index)
@@ -70,6 +78,8 @@ class UsableImages:
                 self._refuse_too_many(f"the latest: {error}")
                 continue
             if shown is not None:
+                if self._state[index] == _WAS_UNREADABLE:  # mended since
+                    self._state[index] = _USABLE
                 return index, shown
             self._state[index] = _UNSUITED
         raise InputError(
@@ -84,16 +94,21 @@ class UsableImages:
         """
         for indices in all_gather(self._indices(_UNREADABLE)):
             self._state[indices] = _UNREADABLE
-        unreadable = self.unreadable
-        if unreadable:
-            self._refuse_too_many(f"among them {unreadable[0]}")
-        return unreadable
+        # One that another process has yet to try again counts for all alike.
+        unreadable = sorted({int(index) for indices in all_gather(self._unreadable()) for index in indices})
+        names = [self.name_of(index) for index in unreadable]
+        if names:
+            self._refuse_too_many(f"among them {names[0]}", len(names))
+        return names
 
-    def _refuse_too_many(self, example: str) -> None:
-        count = len(self._indices(_UNREADABLE))
+    def _refuse_too_many(self, example: str, count: int | None = None) -> None:
+        count = len(self._unreadable()) if count is None else count
         if count > max(1, UNREADABLE_SHARE * len(self._state)):
             raise InputError(f"{count} of the {len(self._state)} images of {self.place} cannot be read, which is more "
                              f"than {UNREADABLE_SHARE:.0%}; {example}")
+
+    def _unreadable(self) -> Tensor:
+        return ((self._state == _UNREADABLE) | (self._state == _WAS_UNREADABLE)).nonzero()[:, 0]
 
     def _indices(self, state: int) -> Tensor:
         return (self._state == state).nonzero()[:, 0]

@@ -46,9 +46,12 @@ class Keeper:
         if began.step and began.order[0] != self.batches.order[0]:
             raise InputError(f"--resume {self.state.source.get('checkpoint', '')} is of mid-epoch: to go on there --seed must be "
                              f"the one that it was saved with, {began.order[0]}")
-        if began.step and began.order != self.batches.order:
-            print_main(f"resume: the training images are no longer those of the checkpoint ({began.order[1]} then, "
-                       f"{self.batches.order[1]} now); some may come twice in what is left of epoch {epoch}, or not at all")
+        now = self.batches.order
+        if began.step and began.order != now[:len(began.order)]:  # older checkpoints say less
+            differ = f"{began.order[1]} then, {now[1]} now" if began.order[1] != now[1] else \
+                f"{now[1]} then as now, but with other names, ids or sizes"
+            print_main(f"resume: the training images are no longer those of the checkpoint ({differ}); "
+                       f"some may come twice in what is left of epoch {epoch}, or not at all")
         self.state.epoch, self._began, self._saved_step = epoch, began, began.step
         self.batches.set_epoch(epoch, began.consumed)
         return began

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
@@ -43,6 +43,9 @@ class EpochSoFar:
 class TrainingState:
     """Everything that an exact continuation needs; `epoch` is the one to train next, or to go on with from `so_far`.
 
+    `unreadable` has the names of images that could not be read before the checkpoint from which the run goes on, and
+    `list_unreadable` tells those of this process up to now.
+
     `source` says which checkpoint, and which epoch and step of it, the run could go on from now; "" if none. `run` tells the
     checkpoints of this run from others' in the same folder: one that `--resume auto` continues keeps it.
     """
@@ -59,16 +62,19 @@ class TrainingState:
     source: Dict[str, Any] = field(default_factory=dict)
     saver: Saver = field(default_factory=Saver)
     run: str = field(default_factory=lambda: secrets.token_hex(8))
+    unreadable: List[str] = field(default_factory=list)
+    list_unreadable: Optional[Callable[[], List[str]]] = None
 
     def save(self, args: argparse.Namespace, epoch: int, file_names: list, wait: bool = True) -> None:
         """Write the state under each name in `args.output_dir`: after `epoch`, and `so_far` in the next. All processes must
         call it; without `wait` they don't wait for the disk."""
-        of_ranks = all_gather((random_state(), self.so_far.meters))
+        unreadable = self.list_unreadable() if self.list_unreadable else self.unreadable
+        of_ranks = all_gather((random_state(), self.so_far.meters, unreadable))
         path = os.path.join(args.output_dir, file_names[-1])
         self.source = {"checkpoint": path, "epoch": epoch, "step": self.so_far.step}
         if not is_main_process():
             return
-        random_states, meters = zip(*of_ranks)
+        random_states, meters, unreadable_of_ranks = zip(*of_ranks)
         checkpoint = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": epoch,
@@ -76,6 +82,7 @@ class TrainingState:
             "random_states": list(random_states), "best": self.best, "class_names": self.class_names,
             "is_thing_map": self.is_thing_map, "so_far": {**vars(self.so_far), "meters": list(meters)},
             "saved_at": time.time(), "run": self.run,
+            "unreadable": sorted({name for names in unreadable_of_ranks for name in names}),
         }
         self.saver.save(checkpoint, [os.path.join(args.output_dir, name) for name in file_names])
         if wait:
@@ -110,6 +117,7 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         start, self.epoch = self.epoch, checkpoint["epoch"] + 1
         self.best = checkpoint.get("best")
+        self.unreadable = list(checkpoint.get("unreadable", []))
         states = checkpoint.get("random_states", [])
         if get_rank() < len(states):
             set_random_state(states[get_rank()])

@@ -75,6 +75,40 @@ def test_the_main_process_counts_what_workers_passed_over(folder, num_workers):
     assert dataset.gather_unreadable() == ["2.jpg"]
 
 
+def test_what_an_interrupted_run_could_not_read_counts_on(folder):
+    (folder / "images/2.jpg").write_bytes(b"")
+    dataset = open_set(folder, training=True)
+    dataset.recall_unreadable(["2.jpg", "of another set.jpg"])
+    assert dataset.unreadable == ["2.jpg"] == dataset.gather_unreadable(), "before its turn came again"
+    assert dataset[2][1]["image_id"].tolist() == [13] and dataset.gather_unreadable() == ["2.jpg"]
+    (folder / "images/4.jpg").unlink()
+    with pytest.raises(InputError, match="2 of the 5 images"):
+        dataset[4]
+
+
+def test_what_was_mended_meanwhile_is_shown_again(folder):
+    dataset = open_set(folder, training=True)
+    dataset.recall_unreadable(["2.jpg"])
+    assert dataset[2][1]["image_id"].tolist() == [12] and dataset.gather_unreadable() == []
+
+
+def test_the_checksum_of_the_samples_knows_names_and_ids(folder):
+    def checksum(change=lambda content: None):
+        content = json.loads((folder / "instances.json").read_text())
+        change(content)
+        (folder / "changed.json").write_text(json.dumps(content))
+        return CocoDetection(folder / "images", folder / "changed.json").samples_checksum()
+
+    def number(content):
+        content["images"][0]["id"] = content["annotations"][0]["image_id"] = 99
+
+    def rename(content):
+        content["images"][0]["file_name"] = "0.png"
+
+    assert checksum() == checksum(lambda content: content["images"].reverse())
+    assert len({checksum(), checksum(number), checksum(rename)}) == 3
+
+
 def test_a_replacement_is_augmented_as_on_its_own(folder):
     """The sample depends on seed, epoch and the index shown, not on the place it fills."""
     dataset = open_set(folder, training=True, transforms=lambda image, target, rng: (rng.integers(2**40), target))

@@ -160,6 +160,17 @@ def test_an_image_that_vanishes_between_two_starts_spoils_nothing(flags, toy, tm
     assert [line["epoch"] for line in lines] == [0, 1] and lines[1]["unreadable_images"] == 0
 
 
+def test_an_image_that_is_renamed_between_two_starts_is_noticed(flags, toy, tmp_path, capsys):
+    images = shutil.copytree(toy / "unlabelled", tmp_path / "images")
+    run = [*flags["pretrain"], "--imagenet_path", images, "--save_every_steps", "1", "--resume", "auto"]
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "out", last_step=(0, 1))
+    min(images.rglob("*.jpg")).rename(images / "zz.jpg")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "out", last_step=(0, 2))
+    assert "no longer those of the checkpoint (13 then as now, but with other names, ids or sizes)" in capsys.readouterr().out
+
+
 def test_a_folder_in_use_is_refused(flags, tmp_path):
     script = ("import sys, time\nfrom util.saving import claimed\n"
               "with claimed(sys.argv[1]):\n    print('in', flush=True)\n    time.sleep(60)")
