@@ -124,7 +124,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--match_within_group", action="store_true", default=None,
                        help="a patch may only be matched to the queries it was added to (beyond the paper)")
     group.add_argument("--patch_size", type=int, help="side in pixels to which patches are resized (128)")
-    group.add_argument("--min_patch", type=int, help="least side of a patch in the image, in pixels (8)")
+    group.add_argument("--min_patch", type=int, help="least side of a patch, in pixels of the image file (8)")
     group.add_argument("--max_patch", type=int, help="largest side of a patch (the image's side less --min_patch)")
     group.add_argument("--pretrain_sizes", type=int, nargs="+", help="short sides to choose from (320 … 480, step 16)")
     group.add_argument("--pretrain_max_size", type=int, help="largest long side (600)")

@@ -28,9 +28,9 @@ from util.files import open_regular, read_json, shown
 
 __all__ = [
     "CROP_RESIZES", "CROP_SIZES", "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names",
-    "forget_files", "image_folder", "index_ground_truth", "index_instances", "locate", "make_coco_transforms", "num_classes_and_names",
-    "num_classes_of", "paths", "read_ground_truth", "report_left_out", "training_augmentation", "training_categories",
-    "transform_sizes",
+    "forget_files", "image_folder", "index_ground_truth", "index_instances", "locate", "make_coco_transforms",
+    "num_classes_and_names", "num_classes_of", "paths", "read_ground_truth", "report_left_out", "training_augmentation",
+    "training_categories", "transform_sizes",
 ]
 
 TRAIN_SIZES = tuple(range(480, 801, 32))

@@ -28,7 +28,8 @@ from util.errors import InputError
 from util.files import read_text
 
 __all__ = ["PRETRAIN_MAX_SIZE", "PRETRAIN_SIZES", "PatchPretext", "Pretext", "PretextDataset", "RandomPatches", "View",
-           "build", "check_sizes", "choose_files", "is_held_out", "list_images", "num_classes_and_names", "open_image"]
+           "build", "check_sizes", "choose_files", "is_held_out", "list_images", "num_classes_and_names", "open_image",
+           "scale_boxes"]
 
 PRETRAIN_SIZES = tuple(range(320, 481, 16))
 PRETRAIN_MAX_SIZE = 600
@@ -174,17 +175,19 @@ def keep_classes(files: Sequence[str], class_list: str | os.PathLike, root: str 
 
 @dataclass(frozen=True)
 class View:
-    """An image as a sample shows it.
+    """An image as a sample shows it, and the image of the file, which patches are cut from in full detail.
 
     Attributes:
         image: uint8 [3, H, W].
-        orig_size: (height, width) of the image file.
         boxes: [M, 4], x0, y0, x1, y1 in pixels of `image`, the ends exclusive.
+        source: uint8 [3, H', W'], as decoded from the file.
+        source_boxes: [M, 4], what to cut for each box: x0, y0, x1, y1 in pixels of `source`, the ends exclusive.
     """
 
     image: Tensor
-    orig_size: tuple[int, int]
     boxes: Tensor
+    source: Tensor
+    source_boxes: Tensor
 
 
 class Pretext(Protocol):
@@ -213,14 +216,20 @@ class Pretext(Protocol):
         """
 
 
-def open_image(path: Path, short_side: int) -> tuple[Tensor, tuple[int, int]] | None:
-    """`read_image`, or None for an image in which there is nothing to find."""
-    image, orig_size = read_image(path, short_side)
-    return (image, orig_size) if min(orig_size) >= MIN_IMAGE_SIDE else None
+def open_image(path: Path) -> Tensor | None:
+    """Decodes an image at full size, uint8 [3, H, W]; None for one in which there is nothing to find."""
+    image, size = read_image(path)
+    return image if min(size) >= MIN_IMAGE_SIDE else None
+
+
+def scale_boxes(boxes: Tensor, source: Tensor, image: Tensor) -> Tensor:
+    """Returns xyxy boxes [M, 4] in pixels of `source` [3, H', W'] as those of `image` [3, H, W], float32: the same
+    picture at another size."""
+    return boxes * torch.tensor([image.shape[-1] / source.shape[-1], image.shape[-2] / source.shape[-2]]).repeat(2)
 
 
 class PatchPretext:
-    """UP-DETR's pretext: the image resized, and random patches of it, which the model is given.
+    """UP-DETR's pretext: the image resized, and random patches of its file, which the model is given.
 
     Args:
         propose: draws the boxes.
@@ -243,13 +252,15 @@ class PatchPretext:
     def view(self, path: Path, index: int, rng: np.random.Generator) -> View | None:
         """Shows an image, see `Pretext`."""
         short_side = self.sizes[rng.integers(len(self.sizes))]
-        opened = open_image(path, short_side)
-        if opened is None:
+        source = open_image(path)
+        if source is None:
             return None
-        image, orig_size = opened
-        image = T.resize_to(image, T.resized_size(*orig_size, short_side, self.max_size))
-        boxes = self.propose(image, rng)
-        return None if boxes is None else View(image, orig_size, boxes)
+        size = T.resized_size(*source.shape[-2:], short_side, self.max_size)
+        boxes = self.propose(source, rng)
+        if boxes is None or min(size) < MIN_IMAGE_SIDE:
+            return None
+        image = T.resize_to(source, size)
+        return View(image, scale_boxes(boxes, source, image), source, boxes)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Returns the (height, width) that images of a size are shown at, where there is but one short side."""
@@ -303,13 +314,13 @@ class RandomPatches:
 class PretextDataset(Dataset):
     """Images of a folder tree, with boxes to find and their patches.
 
-    Boxes lie on the image as it is shown and the patches are cut from it, so that a patch shows what the model can see
-    in the image. In training, sample i is a function of (seed, epoch, i); in evaluation of (seed, i) alone.
+    Boxes lie on the image as it is shown; the patches are cut from the image of the file, in its full detail. In
+    training they are augmented, in evaluation they are not. In training, sample i is a function of (seed, epoch, i); in
+    evaluation of (seed, i) alone.
 
-    Where the model is given the patches, samples are (image, patches, target). In training the patches are augmented;
-    in evaluation they are not, and the target also holds `control_patches`: patches of another image, which a model
-    must not find. Otherwise samples are (image, target), as those of labelled data sets, and the target holds the
-    `patches`.
+    Where the model is given the patches, samples are (image, patches, target), and in evaluation the target also holds
+    `control_patches`: patches of another image, which a model must not find. Otherwise samples are (image, target), as
+    those of labelled data sets, and the target holds the `patches`.
 
     Files that cannot be read are reported once each on standard error, and the next usable image takes their place, as
     it does, silently, for images that do not suit.
@@ -428,23 +439,24 @@ class PretextDataset(Dataset):
         """
         count = len(self)
         shown, view, rng = self._first_usable((index + step) % count for step in range(count))
-        patches = self._cut(view)
-        target = _make_target(shown, view)
-        if not self.pretext.patches_are_given:
-            target["patches"] = T.normalize_image(patches)
-            return T.normalize_image(view.image), target
+        image, patches, target = T.normalize_image(view.image), self._cut(view), _make_target(shown, view)
         if self.training:
             patches = augment_patches(patches, self.augmentation.draw(len(patches), rng), normalize=True)
-            return T.normalize_image(view.image), patches, target
-        opposite = ((index + count // 2 + step) % count for step in range(count))
-        _, other, _ = self._first_usable(candidate for candidate in opposite if candidate != shown)
-        target["control_patches"] = T.normalize_image(self._cut(other))
-        return T.normalize_image(view.image), T.normalize_image(patches), target
+        else:
+            patches = T.normalize_image(patches)
+        if not self.pretext.patches_are_given:
+            target["patches"] = patches
+            return image, target
+        if not self.training:
+            opposite = ((index + count // 2 + step) % count for step in range(count))
+            _, other, _ = self._first_usable(candidate for candidate in opposite if candidate != shown)
+            target["control_patches"] = T.normalize_image(self._cut(other))
+        return image, patches, target
 
     def _cut(self, view: View) -> Tensor:
         """Cuts the patches of a view, uint8 [M, 3, P, P]; parts of a pixel count as the whole."""
-        boxes = torch.cat([view.boxes[:, :2].floor(), view.boxes[:, 2:].ceil()], dim=1).long()
-        return cut_patches(view.image, boxes, self.patch_size)
+        boxes = torch.cat([view.source_boxes[:, :2].floor(), view.source_boxes[:, 2:].ceil()], dim=1).long()
+        return cut_patches(view.source, boxes, self.patch_size)
 
     def _first_usable(self, candidates: Iterable[int]) -> tuple[int, View, np.random.Generator]:
         """Loads the first candidate that can be shown: its index, how it is shown and its random source."""
@@ -466,6 +478,6 @@ def _make_target(index: int, view: View) -> dict[str, Tensor]:
         "boxes": box_xyxy_to_cxcywh(boxes.float()) / torch.tensor([width, height, width, height]),
         "area": (boxes[:, 2:] - boxes[:, :2]).prod(1).float(),
         "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
-        "orig_size": torch.tensor(view.orig_size),
+        "orig_size": torch.tensor(view.source.shape[-2:]),
         "size": torch.tensor([height, width]),
     }

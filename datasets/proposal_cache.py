@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from datasets.checks import is_count
 from datasets.selective_search import SETTINGS
@@ -180,12 +181,13 @@ class CachedProposals:
         self._ends = np.cumsum([0, *map(len, boxes)])
         self._boxes = np.concatenate(boxes)
 
-    def __call__(self, index: int, path: Path) -> np.ndarray:
+    def __call__(self, index: int, path: Path, image: Tensor) -> np.ndarray:
         """Returns the proposals of an image, uint8 [n, 4].
 
         Args:
             index: its position in `files`.
             path: its file, which must exist.
+            image: its bytes, which are not needed.
 
         Raises:
             InputError: the file has changed since its regions were proposed.

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datasets import transforms as T
 from datasets.coco import CROP_RESIZES, CROP_SIZES, training_augmentation
 from datasets.pretext import (PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, PretextDataset, View, check_sizes, choose_files,
                               open_image)
 from datasets.proposal_cache import CachedProposals
-from datasets.selective_search import GRID, propose_regions, require_opencv
+from datasets.selective_search import GRID, require_opencv, selective_search
 from util.distributed import print_main
 from util.errors import InputError
 
@@ -67,7 +68,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> Pre
         print_main(f"regions of {root} are proposed anew in every epoch; to do it once, run python -m "
                    f"tools.cache_proposals --imagenet_path {root} --cache_path DIR and give --cache_path DIR")
         source = _propose_on_the_spot
-    return PretextDataset(root, files, RegionPretext(source, args.strategy, args.max_prop, transform, max(sizes)),
+    return PretextDataset(root, files, RegionPretext(source, args.strategy, args.max_prop, transform),
                           training=training, patch_size=args.patch_size, seed=args.seed)
 
 
@@ -102,15 +103,14 @@ class RegionPretext:
     """Images augmented as for detection, and proposed regions in them, whose contents the model is to predict.
 
     Regions are chosen among an image's proposals first; the augmentation then clips those that it cuts, and drops those
-    that it cuts away, so that a training sample may have none.
+    that it cuts away, so that a training sample may have none. What is in a region is shown whole and unmirrored.
 
     Args:
-        source: called with an image's index and file; returns its proposals, uint8 [n, 4], x0, y0, x1, y1 on a grid of
-            `GRID` × `GRID` over the image, best first.
+        source: called with an image's index, file and bytes, uint8 [3, H, W]; returns its proposals, uint8 [n, 4], x0,
+            y0, x1, y1 on a grid of `GRID` × `GRID` over the image, best first.
         strategy: one of `STRATEGIES`.
         max_prop: most regions in an image.
         transform: what is done to image and boxes, `(image, target, rng)`.
-        short_side: largest short side, in pixels, that this resizes images to.
 
     Raises:
         InputError: `strategy` is unknown or `max_prop` too small.
@@ -118,8 +118,8 @@ class RegionPretext:
 
     patches_are_given = False
 
-    def __init__(self, source: Callable[[int, Path], np.ndarray], strategy: str, max_prop: int, transform: T.Transform,
-                 short_side: int) -> None:
+    def __init__(self, source: Callable[[int, Path, Tensor], np.ndarray], strategy: str, max_prop: int,
+                 transform: T.Transform) -> None:
         if strategy not in STRATEGIES:
             raise InputError(f"--strategy {strategy} is not one of {', '.join(STRATEGIES)}")
         if max_prop < 1:
@@ -128,23 +128,22 @@ class RegionPretext:
         self.strategy = strategy
         self.max_prop = max_prop
         self.transform = transform
-        self.short_side = short_side
 
     def view(self, path: Path, index: int, rng: np.random.Generator) -> View | None:
         """Shows an image, see `Pretext`; None if it is tiny or has fewer than two proposals."""
-        opened = open_image(path, self.short_side)
-        if opened is None:
+        image = open_image(path)
+        if image is None:
             return None
-        image, orig_size = opened
-        proposals = self.source(index, path)
+        proposals = self.source(index, path, image)
         if len(proposals) < _MIN_REGIONS:
             return None
         chosen = proposals[choose_regions(self.strategy, len(proposals), self.max_prop, rng)]
         height, width = image.shape[-2:]
         boxes = torch.from_numpy(chosen).float() * (torch.tensor([width, height, width, height]) / GRID)
-        image, target = self.transform(image, {"boxes": boxes}, rng)
-        return View(image, orig_size, target["boxes"])
+        # The numbers of the regions go through the augmentation as labels, and tell which ones are left.
+        shown, target = self.transform(image, {"boxes": boxes, "labels": torch.arange(len(boxes))}, rng)
+        return View(shown, target["boxes"], image, boxes[target["labels"]])
 
 
-def _propose_on_the_spot(index: int, path: Path) -> np.ndarray:
-    return propose_regions(path)
+def _propose_on_the_spot(index: int, path: Path, image: Tensor) -> np.ndarray:
+    return selective_search(image)

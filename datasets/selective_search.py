@@ -28,7 +28,7 @@ def propose_regions(path: str | os.PathLike) -> np.ndarray:
         UnreadableImage: the file is missing or cannot be decoded.
         InputError: OpenCV's contrib modules are not installed.
     """
-    return selective_search(read_image(path, GRID)[0])
+    return selective_search(read_image(path)[0])
 
 
 def selective_search(image: Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datasets.image_io import UnreadableImage, read_image
 from datasets.patches import cut_patches
-from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, RandomPatches
+from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, RandomPatches, scale_boxes
 from datasets.transforms import normalize_image, resize_to, resized_size, sample_rng
 from engine import most_confident_boxes
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font, text_colour, to_picture
@@ -70,11 +70,11 @@ def parse_box(text: str, width: int, height: int) -> List[float]:
     return [left, top, left + box_width, top + box_height]
 
 
-def choose_boxes(args: argparse.Namespace, loaded: Loaded, image: Tensor, original: Tuple[int, int]) -> Tensor:
+def choose_boxes(args: argparse.Namespace, loaded: Loaded, source: Tensor) -> Tensor:
     """The boxes given, then the random ones, which are drawn as in the model's training.
 
     Args:
-        image: as the model sees it, uint8 [3, H, W]; original: (height, width) of the image file.
+        source: the image of the file, uint8 [3, H, W].
 
     Returns:
         float [n, 4], xyxy pixels of the image file.
@@ -82,22 +82,17 @@ def choose_boxes(args: argparse.Namespace, loaded: Loaded, image: Tensor, origin
     Raises:
         InputError: if there are none, one is wrong, or the image is too small for random ones.
     """
-    boxes = [torch.tensor([parse_box(text, original[1], original[0]) for text in args.box]).reshape(-1, 4)]
+    height, width = source.shape[-2:]
+    boxes = [torch.tensor([parse_box(text, width, height) for text in args.box]).reshape(-1, 4)]
     if args.random > 0:
         propose = RandomPatches(args.random, loaded.args.min_patch, loaded.args.max_patch)
-        drawn = propose(image, sample_rng(args.seed, 0, 0))
+        drawn = propose(source, sample_rng(args.seed, 0, 0))
         if drawn is None:
             raise InputError(f"{args.image} is too small for random patches of at least {loaded.args.min_patch} pixels")
-        boxes.append(drawn * _scale(image, original))
+        boxes.append(drawn.float())
     if not sum(map(len, boxes)):
         raise InputError("which patches? give --box x,y,w,h or --random N")
     return torch.cat(boxes)
-
-
-def _scale(image: Tensor, original: Tuple[int, int]) -> Tensor:
-    """Factors [4] from pixels of the resized image to pixels of the file, for xyxy boxes."""
-    height, width = original
-    return torch.tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
 
 
 def to_whole_pixels(boxes: Tensor, image: Tensor) -> Tensor:
@@ -108,14 +103,14 @@ def to_whole_pixels(boxes: Tensor, image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def find_patches(loaded: Loaded, image: Tensor, boxes: Tensor) -> Tuple[Tensor, Tensor]:
-    """Where the model finds the patches of an image that lie in boxes.
+def find_patches(loaded: Loaded, image: Tensor, source: Tensor, boxes: Tensor) -> Tuple[Tensor, Tensor]:
+    """Where the model finds the patches of an image that lie in boxes, cut from its file as in training.
 
     The model is shown `num_patches` of them at a time. Groups of queries don't see each other: patches don't compete.
 
     Args:
-        image: uint8 [3, H, W] as the model is to see it.
-        boxes: int64 [n, 4], xyxy pixels of this image, ends exclusive.
+        image: uint8 [3, H, W] as the model is to see it; source: likewise, as the file has it.
+        boxes: int64 [n, 4], xyxy pixels of `source`, ends exclusive.
 
     Returns:
         xyxy boxes [n, 4] in 0..1 of the most confident query of each patch, and the confidences [n] in 0..1.
@@ -125,7 +120,7 @@ def find_patches(loaded: Loaded, image: Tensor, boxes: Tensor) -> Tuple[Tensor, 
     found: List[Tensor] = []
     confidences: List[Tensor] = []
     for shown in boxes.split(loaded.args.num_patches):
-        patches = normalize_image(cut_patches(image, shown, loaded.args.patch_size))[None].to(device)
+        patches = normalize_image(cut_patches(source, shown, loaded.args.patch_size))[None].to(device)
         best, confidence = most_confident_boxes(loaded.model(sample, patches), len(shown))
         found.append(box_cxcywh_to_xyxy(best[0]).cpu())
         confidences.append(confidence[0].cpu())
@@ -145,19 +140,20 @@ def _xywh(box: Tensor) -> List[float]:
     return [round(number, 2) for number in (left, top, right - left, bottom - top)]
 
 
-def draw(image: Tensor, crops: Sequence[Tensor], entries: Sequence[Dict[str, Any]], scale: Tensor) -> Image.Image:
+def draw(image: Tensor, source: Tensor, boxes: Tensor, entries: Sequence[Dict[str, Any]]) -> Image.Image:
     """Draw the figure: query patches in coloured frames on the left, the image with boxes of these colours on the
     right.
 
     Args:
-        image: uint8 [3, H, W] as the model sees it; crops: the patches, uint8 [3, h, w] each.
-        entries: from `to_entries`, in pixels of the file; scale: factors [4] from pixels of the image to these.
+        image: uint8 [3, H, W] as the model sees it; source: likewise, as the file has it.
+        boxes: int64 [n, 4], those of the patches, xyxy pixels of `source`; entries: from `to_entries`, of these pixels.
     """
+    crops = [source[:, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes.tolist()]
     found, true = [], []
     for number, entry in enumerate(entries):
         text = f"{number + 1}: {entry['confidence']:.2f}"
-        found.append(LabelledBox(_in_image(entry["found"], scale), distinct_colour(number), text))
-        true.append(LabelledBox(_in_image(entry["box"], scale), distinct_colour(number), dashed=True))
+        found.append(LabelledBox(_in_image(entry["found"], source, image), distinct_colour(number), text))
+        true.append(LabelledBox(_in_image(entry["box"], source, image), distinct_colour(number), dashed=True))
     picture = draw_boxes(image, found + true)
     columns = math.ceil(len(crops) / max(1, picture.height // CELL))
     rows = math.ceil(len(crops) / columns)
@@ -174,10 +170,10 @@ def draw(image: Tensor, crops: Sequence[Tensor], entries: Sequence[Dict[str, Any
     return canvas
 
 
-def _in_image(box: Sequence[float], scale: Tensor) -> Tuple[float, ...]:
+def _in_image(box: Sequence[float], source: Tensor, image: Tensor) -> Tuple[float, ...]:
     """x, y, w, h in pixels of the file -> left, top, right, bottom in pixels of the image."""
     left, top, width, height = box
-    return tuple((torch.tensor([left, top, left + width, top + height]) / scale).tolist())
+    return tuple(scale_boxes(torch.tensor([left, top, left + width, top + height]), source, image).tolist())
 
 
 def _paste_patch(canvas: Image.Image, patch: Image.Image, number: int, corner: Tuple[int, int], cell: int) -> None:
@@ -205,17 +201,17 @@ def report(entries: Sequence[Dict[str, Any]]) -> None:
         print(f"{number:3}  {box:>26}  {found:>26}  {entry['confidence']:10.3f}  {entry['iou']:4.2f}")
 
 
-def read_resized(path: str, size: int, max_size: int) -> Tuple[Tensor, Tuple[int, int]]:
-    """An image as pre-training's evaluation sees it, uint8 [3, H, W], and the (height, width) of its file.
+def read_resized(path: str, size: int, max_size: int) -> Tuple[Tensor, Tensor]:
+    """An image as pre-training's evaluation sees it, and as its file has it, uint8 [3, H, W] both.
 
     Raises:
         InputError: if it can't be read.
     """
     try:
-        image, original = read_image(path, size)
+        source = read_image(path)[0]
     except UnreadableImage as error:
         raise InputError(str(error)) from error
-    return resize_to(image, resized_size(*original, size, max_size)), original
+    return resize_to(source, resized_size(*source.shape[-2:], size, max_size)), source
 
 
 def main(args: argparse.Namespace) -> None:
@@ -228,14 +224,13 @@ def main(args: argparse.Namespace) -> None:
                         num_patches=args.num_patches, patch_size=args.patch_size)
     size = args.size or max(loaded.args.pretrain_sizes or PRETRAIN_SIZES)
     max_size = args.max_size or loaded.args.pretrain_max_size or PRETRAIN_MAX_SIZE
-    image, original = read_resized(args.image, size, max_size)
-    boxes = choose_boxes(args, loaded, image, original)
-    scale = _scale(image, original)
-    cut = to_whole_pixels(boxes / scale, image)
-    found, confidences = find_patches(loaded, image, cut)
-    height, width = original
+    image, source = read_resized(args.image, size, max_size)
+    boxes = choose_boxes(args, loaded, source)
+    cut = to_whole_pixels(boxes, source)
+    found, confidences = find_patches(loaded, image, source, cut)
+    height, width = source.shape[-2:]
     entries = to_entries(boxes, found * torch.tensor([width, height, width, height]), confidences)
-    picture = draw(image, [image[:, y0:y1, x0:x1] for x0, y0, x1, y1 in cut.tolist()], entries, scale)
+    picture = draw(image, source, cut, entries)
     with writing("--output", args.output):
         written[0].parent.mkdir(parents=True, exist_ok=True)
         picture.save(written[0])

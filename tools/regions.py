@@ -59,5 +59,5 @@ def search_regions(path: str) -> np.ndarray:
     Raises:
         UnreadableImage: if it can't be read.
     """
-    image, (height, width) = read_image(path, GRID)
+    image, (height, width) = read_image(path)
     return selective_search(image) * np.array([width, height, width, height]) / GRID

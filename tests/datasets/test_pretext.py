@@ -94,6 +94,41 @@ def test_unaugmented_patches_are_the_regions_of_their_boxes(folder):
             assert (patch.int() - expected.int()).abs().max() <= 1
 
 
+def checkerboard(path, size=(400, 240)):
+    """Writes an image of black and white squares of one pixel, of which nothing is left where it is shown smaller."""
+    x, y = np.arange(size[0]), np.arange(size[1])[:, None]
+    Image.fromarray(((x + y) % 2 * 255).astype(np.uint8)).convert("RGB").save(path)
+
+
+def test_patches_are_cut_from_the_file_not_from_the_image_as_shown(tmp_path):
+    for name in "ab":
+        checkerboard(tmp_path / f"{name}.png")
+    args = arguments(tmp_path, max_patch=24, pretrain_sizes=[60], pretrain_max_size=100)
+    image, patches, target = build_dataset("val", args)[0]
+    source = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)
+    assert image.shape[1:] == (60, 100) and denormalise(image).float().std() < 20
+    boxes = (box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([400, 240, 400, 240])).round().int()
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert sides.min() >= 8 and sides.max() <= 24   # pixels of the file
+    torch.testing.assert_close(target["area"], sides.prod(1) / 16.0)   # pixels of the image
+    for patch, (x0, y0, x1, y1) in zip(denormalise(patches), boxes.tolist()):
+        expected = F.resize(source[:, y0:y1, x0:x1], [24, 24], antialias=True)
+        assert (patch.int() - expected.int()).abs().max() <= 1 and patch.float().std() > 30
+
+
+def test_large_photographs_keep_their_detail(tmp_path):
+    """They could be decoded at a part of their size, were it for the image alone."""
+    for name in "ab":
+        write_image(tmp_path / f"{name}.jpg", (800, 640))
+    image, patches, target = build_dataset("val", arguments(tmp_path, max_patch=24, pretrain_max_size=None))[0]
+    source = torch.from_numpy(np.array(Image.open(tmp_path / "a.jpg"))).permute(2, 0, 1)
+    assert image.shape[1:] == (40, 50) and target["orig_size"].tolist() == [640, 800]
+    boxes = (box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([800, 640, 800, 640])).round().int().tolist()
+    for patch, (x0, y0, x1, y1) in zip(denormalise(patches), boxes):
+        expected = F.resize(source[:, y0:y1, x0:x1], [24, 24], antialias=True)
+        assert (patch.int() - expected.int()).abs().max() <= 1
+
+
 def test_patches_of_their_own_size_are_copied_exactly():
     image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
     patches = cut_patches(image, torch.tensor([[0, 0, 16, 16], [44, 24, 60, 40]]), 16)

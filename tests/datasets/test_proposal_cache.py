@@ -66,8 +66,8 @@ def test_images_of_one_name_have_entries_of_their_own(folder, tmp_path, fill):
         assert np.array_equal(entries[name].boxes, propose_regions(folder / name))
     assert not np.array_equal(entries["n0/a.png"].boxes, entries["n1/a.png"].boxes)
     cached = CachedProposals(tmp_path / "cache", folder, ["n1/a.png", "n0/a.png"], limit=2)
-    assert np.array_equal(cached(0, folder / "n1/a.png"), entries["n1/a.png"].boxes[:2])
-    assert np.array_equal(cached(1, folder / "n0/a.png"), entries["n0/a.png"].boxes[:2])
+    assert np.array_equal(cached(0, folder / "n1/a.png", None), entries["n1/a.png"].boxes[:2])
+    assert np.array_equal(cached(1, folder / "n0/a.png", None), entries["n0/a.png"].boxes[:2])
 
 
 def test_the_tree_may_move(folder, tmp_path, fill):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from datasets import build_dataset, num_classes_and_names, objects_per_image
 from datasets import transforms as T
 from datasets.coco import training_augmentation
+from datasets.patches import PatchAugmentation
 from datasets.pretext import PretextDataset
 from datasets.regions import RegionPretext, choose_regions
 from datasets.selective_search import propose_regions, require_opencv, selective_search
@@ -108,13 +109,16 @@ class Given:
     def __init__(self, *boxes):
         self.boxes = np.array(boxes, dtype=np.uint8).reshape(-1, 4)
 
-    def __call__(self, index, path):
+    def __call__(self, index, path, image):
         return self.boxes
 
 
-def dataset_of(root, files, source, transform, training=True, **changes):
-    pretext = RegionPretext(source, "topk", 30, transform, 64)
-    return PretextDataset(root, files, pretext, training=training, patch_size=16, **changes)
+def dataset_of(root, files, source, transform, training=True, patch_size=16, augmented=False):
+    pretext = RegionPretext(source, "topk", 30, transform)
+    dataset = PretextDataset(root, files, pretext, training=training, patch_size=patch_size)
+    if not augmented:
+        dataset.augmentation = PatchAugmentation(jitter_p=0, grey_p=0, blur_p=0)
+    return dataset
 
 
 def test_boxes_and_crops_follow_the_object_through_the_augmentation(tmp_path):
@@ -139,11 +143,43 @@ def test_boxes_and_crops_follow_the_object_through_the_augmentation(tmp_path):
             rows, columns = where.any(1).nonzero()[:, 0], where.any(0).nonzero()[:, 0]
             found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
             assert all(abs(int(one) - other) <= 1.01 for one, other in zip(found, (x0, y0, x1, y1)))
-            if min(x1 - x0, y1 - y0) > 6:   # of a sliver, half is the edge
-                assert patch[channel].float().mean() > 130 and patch[2 - channel].float().mean() < 60
+            assert patch[channel].min() == 240 and patch[2 - channel].max() < 30   # whole, however much is cut away
             on_the_left.add((channel, (x0 + x1) / 2 < width / 2))
     assert {0, 1, 2} == counts or {1, 2} == counts   # crops cut objects away
     assert {(0, True), (0, False)} <= on_the_left    # and images are mirrored
+
+
+def test_crops_are_cut_from_the_file_whole_unmirrored_and_in_their_order(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 320, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    grid = [[8 * number, 4 * number, 8 * number + 24, 4 * number + 40] for number in range(12)]
+    dataset = dataset_of(tmp_path, ["a.png"], Given(*grid), training_augmentation([32, 40], 60, [48], [16, 24]))
+    source, counts = torch.from_numpy(noise).permute(2, 0, 1), set()
+    crops = [F.resize(source[:, 2 * y0:2 * y1, 5 * x0 // 2:-(-5 * x1 // 2)], [16, 16], antialias=True)
+             for x0, y0, x1, y1 in grid]
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        left = iter(enumerate(crops))
+        patches = denormalise(dataset[0][1]["patches"])
+        for patch in patches:   # the crops of some of the regions, in their order
+            assert any((patch.int() - crop.int()).abs().max() <= 1 for _, crop in left)
+        counts.add(len(patches))
+    assert len(counts) > 2 and max(counts) == 12
+
+
+def test_crops_are_augmented_in_training_alone(folder):
+    def crops(**settings):
+        dataset = dataset_of(folder, ["n0/0.png"], Given([0, 0, 64, 64], [64, 32, 128, 128]), T.RandomResize([64], 96),
+                             **settings)
+        samples = []
+        for epoch in (0, 1, 0):
+            dataset.set_epoch(epoch)
+            samples.append(dataset[0][1]["patches"])
+        return samples
+
+    plain, augmented = crops(augmented=True, training=False), crops(augmented=True)
+    assert torch.equal(plain[0], plain[1]) and not torch.equal(augmented[0], plain[0])
+    assert not torch.equal(augmented[0], augmented[1]) and torch.equal(augmented[0], augmented[2])
 
 
 def test_crops_are_the_regions_of_their_boxes(folder):

@@ -37,11 +37,10 @@ def test_finds_what_evaluation_finds(pretrained: Path, photos: Path) -> None:
     samples, patches, targets = collate_fn([dataset[0]])
     with torch.no_grad():
         expected, confidence = most_confident_boxes(loaded.model(samples, patches), 3)
-    image, original = find_patch.read_resized(str(photos / "wide.jpg"), 64, 96)
-    assert original == (60, 100) and list(image.shape[1:]) == targets[0]["size"].tolist()
-    height, width = image.shape[1:]
-    boxes = box_cxcywh_to_xyxy(targets[0]["boxes"]) * torch.tensor([width, height, width, height])
-    found, mine = find_patch.find_patches(loaded, image, boxes.round().long())
+    image, source = find_patch.read_resized(str(photos / "wide.jpg"), 64, 96)
+    assert source.shape == (3, 60, 100) and list(image.shape[1:]) == targets[0]["size"].tolist()
+    boxes = box_cxcywh_to_xyxy(targets[0]["boxes"]) * torch.tensor([100, 60, 100, 60])
+    found, mine = find_patch.find_patches(loaded, image, source, boxes.round().long())
     torch.testing.assert_close(found, box_cxcywh_to_xyxy(expected[0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(mine, confidence[0], atol=1e-5, rtol=0)
 
@@ -76,11 +75,11 @@ def test_random_boxes_depend_on_the_seed_alone_and_lie_inside(pretrained: Path, 
 def test_more_patches_than_the_model_has_are_shown_in_turn(pretrained: Path, photos: Path) -> None:
     """The model has three groups of queries: the fourth patch is shown like a first one."""
     loaded = load_model(str(pretrained), PRETRAINED, "cpu")
-    image, _ = find_patch.read_resized(str(photos / "wide.jpg"), 64, 96)
+    image, source = find_patch.read_resized(str(photos / "wide.jpg"), 64, 96)
     boxes = torch.tensor([[0, 0, 30, 30], [20, 10, 60, 50], [5, 5, 90, 55], [40, 0, 96, 40], [60, 20, 80, 57]])
-    together, confidence = find_patch.find_patches(loaded, image, boxes)
-    first = find_patch.find_patches(loaded, image, boxes[:3])
-    fourth = find_patch.find_patches(loaded, image, boxes[3:4])
+    together, confidence = find_patch.find_patches(loaded, image, source, boxes)
+    first = find_patch.find_patches(loaded, image, source, boxes[:3])
+    fourth = find_patch.find_patches(loaded, image, source, boxes[3:4])
     assert together.shape == (5, 4) and confidence.shape == (5,)
     torch.testing.assert_close(together[:3], first[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(together[3:4], fourth[0], atol=1e-5, rtol=0)
