@@ -166,7 +166,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                             "or for each head, as in UP-DETR's and DETReg's (joint)")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_file", choices=tuple(recipes.DATASETS), help="by default what the given path says")
+    group.add_argument("--dataset_file", choices=(*recipes.DATASETS, *recipes.DATASET_NAMES),
+                       help="by default what the given path says")
     group.add_argument("--dataset", choices=tuple(recipes.LAYOUT),
                        help="DETReg's names of what to train on, in folders of --data_root; instead of --dataset_file "
                             "and a path")

@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Subset
 
 from datasets import coco, coco_panoptic, pretext, regions, voc
+from util import recipes
 from util.errors import InputError
 
 __all__ = ["build_dataset", "file_sizes", "get_coco_api_from_dataset", "num_classes_and_names", "objects_per_image",
@@ -32,7 +33,8 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> Dataset:
     Raises:
         InputError: the name is unknown, or the data is missing or wrong.
     """
-    count = getattr(args, "overfit", None)
+    args = recipes.settled(args)
+    count = args.overfit
     if count is None:
         return _module(args).build(image_set, args)
     dataset = _module(args).build("train", args, augment=False)
@@ -48,6 +50,7 @@ def num_classes_and_names(args: argparse.Namespace) -> tuple[int, dict[int, str]
     Raises:
         InputError: the data set's name is unknown, or its annotations are missing or broken.
     """
+    args = recipes.settled(args)
     return _module(args).num_classes_and_names(args)
 
 

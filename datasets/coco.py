@@ -22,6 +22,7 @@ from datasets.image_io import UnreadableImage, read_sizes, warn_once
 from datasets.packed import checksum, pack_records
 from datasets.subsets import restriction
 from datasets.usable_images import UsableImages
+from util import recipes
 from util.distributed import print_main
 from util.errors import InputError
 from util.files import open_regular, read_json, shown
@@ -56,6 +57,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     Raises:
         InputError: something in the folder or the annotations is missing or wrong.
     """
+    args = recipes.settled(args)
     folder, ann_file = paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))

@@ -18,6 +18,7 @@ from datasets.coco import (DetectionDataset, check_ground_truth, class_names, fo
                            index_instances, locate, make_coco_transforms, num_classes_of, read_ground_truth,
                            report_left_out, training_categories, transform_sizes)
 from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
+from util import recipes
 from util.box_ops import masks_to_boxes
 from util.distributed import print_main
 from util.errors import InputError
@@ -42,6 +43,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     Raises:
         InputError: something in the folders or the annotations is missing or wrong.
     """
+    args = recipes.settled(args)
     ann_folder, ann_file = paths(image_set, args)
     num_classes = args.num_classes if args.num_classes is not None else num_classes_and_names(args)[0]
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))

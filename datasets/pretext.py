@@ -134,8 +134,6 @@ def choose_files(image_set: str, args: argparse.Namespace) -> tuple[str, list[st
     if args.class_list:
         files = keep_classes(files, args.class_list, args.imagenet_path)
     share = args.held_out_share or 0.0
-    if not 0 <= share < 1:
-        raise InputError(f"--held_out_share {share} is not in 0..1")
     if args.imagenet_val_path or not share:
         return args.imagenet_path, files
     files = [path for path in files if is_held_out(path, share) == (image_set == "val")]

@@ -15,6 +15,7 @@ from datasets.checks import Fault, Problem, leaves_folder, raise_first
 from datasets.coco import DetectionDataset, check_ground_truth, make_coco_transforms, transform_sizes
 from datasets.image_io import IMAGE_EXTENSIONS
 from datasets.subsets import restriction
+from util import recipes
 from util.distributed import print_main
 from util.errors import InputError
 from util.files import open_regular, read_text, shown
@@ -60,10 +61,9 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Vo
         augment: False prepares training images as evaluation does.
 
     Raises:
-        InputError: something in the folder is missing or wrong, or masks are asked for.
+        InputError: something in the folder is missing or wrong.
     """
-    if getattr(args, "masks", False):
-        raise InputError("--masks needs COCO annotations: --dataset_file voc has boxes only")
+    args = recipes.settled(args)
     num_classes, names = num_classes_and_names(args)
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return VocDetection(devkit(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,

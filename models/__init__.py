@@ -21,6 +21,7 @@ from util.errors import InputError
 
 # Highest label + 1 where no annotations have been read; `main.py` reads them.
 NUM_CLASSES = {"coco": 91, "coco_panoptic": 250, "voc": 21, "regions": 91}
+PUBLISHED_VOC_CLASSES = 20  # of DETR's and UP-DETR's programs, whose flags make the models that they published
 LAST_COCO_THING = 90  # COCO's panoptic categories up to this id are things, those above are stuff
 PATCH_CLASSES = 2  # UP-DETR's labels: 1 for a patch; 0 is unused, 2 (no object) comes on top
 
@@ -34,6 +35,8 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
                 ) -> Tuple[nn.Module, nn.Module, Dict[str, nn.Module]]:
     """Build what the flags describe, on `args.device`; flags left open are resolved first (see `util.recipes`).
 
+    A Namespace of a published program's parser, or the flags in a checkpoint, will do too and stay as they are.
+
     Args:
         args: the flags.
         is_thing_map: for panoptic segmentation, whether each class is a thing or stuff; COCO's if not given.
@@ -44,7 +47,8 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
     Raises:
         InputError: if flags contradict each other.
     """
-    recipes.resolve(args)
+    voc_classes = PUBLISHED_VOC_CLASSES if recipes.is_published_detr(args) else NUM_CLASSES["voc"]
+    args = recipes.settled(args)
     pretraining, deformable = args.dataset_file == "imagenet", args.model == "deformable_detr"
     if pretraining and args.num_queries % args.num_patches:
         raise InputError(f"--num_queries {args.num_queries} is not a multiple of --num_patches {args.num_patches}")
@@ -61,7 +65,7 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
             weights["loss_feature"] = 1.0
             losses.append("feature")
     else:
-        num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]
+        num_classes = args.num_classes or {**NUM_CLASSES, "voc": voc_classes}[args.dataset_file]
         model = _build_detector(args, backbone, transformer, num_classes, embedder.dim if embedder else None)
     postprocessors = {"bbox": build_postprocess(args)}
     if args.masks:

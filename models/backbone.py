@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.fused import FrozenBatchNorm2d, can_fuse, forget, resnet_maps
 from models.position_encoding import build_position_encoding
+from util import recipes
 from util.checkpoint import load_checkpoint
 from util.distributed import local_main_first, print_main
 from util.errors import InputError
@@ -202,6 +203,7 @@ def build_backbone(args: argparse.Namespace) -> Joiner:
     With `--masks` it returns the maps of all layers, for Deformable DETR those of stride 8 and more, as many as its levels
     at most. Its weights are not looked for when a checkpoint that holds them is about to be loaded.
     """
+    args = recipes.settled(args)
     last_layer = args.backbone_last_layer
     num_maps = min(args.num_feature_levels, LAYERS.index(last_layer)) if args.model == "deformable_detr" else None
     backbone = Backbone(args.backbone, train_backbone=args.lr_backbone > 0, return_interm_layers=bool(args.masks),

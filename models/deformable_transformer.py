@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.dropout import Dropout
 from models.ms_deform_attn import Levels, MSDeformAttn, make_levels
 from models.transformer import FeedForward, MultiheadAttention
+from util import recipes
 from util.misc import inverse_sigmoid
 
 
@@ -254,6 +255,7 @@ def _box_encoding(boxes: Tensor, num_feats: int) -> Tensor:
 
 def build_deformable_transformer(args: argparse.Namespace) -> DeformableTransformer:
     """The transformer that the flags describe."""
+    args = recipes.settled(args)
     return DeformableTransformer(
         d_model=args.hidden_dim, nhead=args.nheads, num_encoder_layers=args.enc_layers, num_decoder_layers=args.dec_layers,
         dim_feedforward=args.dim_feedforward, dropout=args.dropout, num_feature_levels=args.num_feature_levels,

@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from util import recipes
 from util.misc import NestedTensor
 
 
@@ -80,6 +81,7 @@ class PositionEmbeddingLearned(nn.Module):
 
 def build_position_encoding(args: argparse.Namespace) -> nn.Module:
     """The encoding that `--position_embedding` names, with `--hidden_dim` channels."""
+    args = recipes.settled(args)
     if args.position_embedding == "sine":
         return PositionEmbeddingSine(args.hidden_dim // 2, normalize=True, scale=args.position_embedding_scale,
                                      from_centre=args.model == "deformable_detr" or bool(args.position_from_centre))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dropout import Dropout, dropout
+from util import recipes
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -253,6 +254,7 @@ def _activation(name: str) -> nn.Module:
 
 def build_transformer(args: argparse.Namespace) -> Transformer:
     """The transformer that the flags describe, returning every decoder layer."""
+    args = recipes.settled(args)
     return Transformer(d_model=args.hidden_dim, nhead=args.nheads, num_encoder_layers=args.enc_layers,
                        num_decoder_layers=args.dec_layers, dim_feedforward=args.dim_feedforward, dropout=args.dropout,
                        normalize_before=args.pre_norm, return_intermediate_dec=True)

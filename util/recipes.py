@@ -1,7 +1,7 @@
 """Which defaults belong to which training: the one table in which the published programs' differences are written down."""
 import argparse
 import math
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 
@@ -74,6 +74,8 @@ PARSER_DEFAULTS = {  # of flags whose default is the same in all trainings and n
     "clip_max_norm": 0.1, "accumulate_steps": 1, "dropout": 0.1, "set_cost_bbox": 5, "set_cost_giou": 2,
     "bbox_loss_coef": 5, "giou_loss_coef": 2, "aux_loss": True, "seed": 42, "reset_embedding_layer": 1, "eval_every": 1,
     "save_every": 1, "world_size": 1, "dist_timeout": 1800, "dist_url": "env://",
+    "output_dir": "", "resume": "", "pretrain": "",
+    **{name: False for name in ("sgd", "tf32", "compile", "no_fuse", "random_seed", "eval", "tensorboard")},
 }
 MODELS = {"detr": "DETR", "deformable_detr": "Deformable DETR"}
 DATASETS = {"coco": "COCO-format data", "coco_panoptic": "COCO-format panoptic data", "voc": "Pascal VOC",
@@ -88,6 +90,7 @@ LAYOUT = {
 TITLES = {"imagenet": "UP-DETR pre-training", "regions": "DETReg pre-training of {model}"}
 
 BOOKKEEPING = ("resolved", "given")  # attributes of args that `resolve` adds and that are no flags
+DATASET_NAMES = {"ImageNet": "imagenet"}  # UP-DETR's program calls it so
 
 # Flags that mean something for some data sets only; giving one elsewhere is refused rather than ignored.
 FLAGS_OF = {
@@ -127,21 +130,135 @@ NEEDS = {"filter_seed": ("filter_pct", "filter_num", "shots"), "shots_of": ("sho
 REQUIRED_PATHS = {"regions": ("imagenet_path",), "coco": ("coco_path",),
                   "coco_panoptic": ("coco_path", "coco_panoptic_path"), "voc": ("voc_path",),
                   "imagenet": ("imagenet_path",)}
+# Every flag of main.py with its parser's default.
+BLANK: Dict[str, Any] = {
+    **{name: None for recipe in RECIPES.values() for name in recipe}, **dict.fromkeys((*FLAGS_OF, *MODEL_OF)),
+    **dict.fromkeys(("model", "dataset_file", "dataset", "data_root", "device", "amp", "overfit", "save_every_steps",
+                     "lr_drop_epochs", "local_rank")),
+    **PARSER_DEFAULTS,
+}
+# Values that the published parsers give to flags of other trainings too, beside those of all recipes.
+UNASKED: Dict[str, Tuple[Any, ...]] = {
+    "coco_path": ("./data/coco", ""), "data_root": ("data",), "imagenet_path": ("",),
+    "position_embedding_scale": (2 * math.pi,),
+}
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in every flag whose default depends on the training or on the machine. Flags that were given stay as they are.
 
-    Does nothing to what is already resolved. Data paths are not required here (see `require_data`).
+    Does nothing to what is already resolved. Data paths are not required here (see `require_data`). Namespaces of the
+    published programs' parsers and of stored trainings are understood, see `_adopt`.
 
     Raises:
         InputError: if flags contradict each other or don't belong to this training.
     """
     if getattr(args, "resolved", False):
         return args
+    adopted = _is_foreign(args)
+    if getattr(args, "dataset_file", None) in DATASET_NAMES:
+        args.dataset_file = DATASET_NAMES[args.dataset_file]
+    if adopted:
+        _adopt(args)
     _follow_layout(args)
     args.given = {name: value for name, value in vars(args).items() if value is not None}
-    return _settle(args)
+    _settle(args)
+    if adopted:  # these state every default, so a value counts as given only where it differs
+        args.given = {name: value for name, value in args.given.items()
+                      if name in BLANK and not _same(value, _default(args, name))}
+    return args
+
+
+def settled(args: Union[argparse.Namespace, Mapping[str, Any]]) -> argparse.Namespace:
+    """Resolve flags for a caller from outside, whose own Namespace, or dict of stored flags, stays as it is."""
+    if isinstance(args, Mapping):
+        args = argparse.Namespace(**args)
+    elif _is_foreign(args):
+        args = argparse.Namespace(**vars(args))
+    return resolve(args)
+
+
+def is_published_detr(args: Union[argparse.Namespace, Mapping[str, Any]]) -> bool:
+    """Tell whether flags are those of DETR's or UP-DETR's program, which know neither a model's name nor feature levels."""
+    names = args if isinstance(args, Mapping) else vars(args)
+    return "model" not in names and "num_feature_levels" not in names
+
+
+def _is_foreign(args: argparse.Namespace) -> bool:
+    """Tell whether flags come from elsewhere than main.py's command line: some are absent, or none was left open."""
+    if getattr(args, "resolved", False):
+        return False
+    if any(name not in vars(args) for name in BLANK):
+        return True
+    recipe = RECIPES.get((args.model, args.dataset_file), {})
+    return bool(recipe) and all(getattr(args, name) is not None for name in recipe if recipe[name] is not _position_scale)
+
+
+def _adopt(args: argparse.Namespace) -> None:
+    """Read the Namespace of a published program's parser, or of a stored training, as flags of main.py.
+
+    Flags that it lacks are not given. Nor are flags that its training has no use for, where they have the value that a
+    parser gives them unasked: `mask_loss_coef=1` without masks. The programs are told by what only they have: UP-DETR's
+    pre-training by `num_patches` without `dataset_file`, Deformable DETR by `num_feature_levels` without `model`, DETReg
+    by `obj_embedding_head`, UP-DETR's fine-tuning by `pretrain`.
+    """
+    own = dict(vars(args))
+    for name, default in BLANK.items():
+        if name not in own:
+            setattr(args, name, default)
+        elif own[name] is None and default is not None:
+            setattr(args, name, default)
+    if args.dataset is not None and args.dataset_file == "coco":
+        args.dataset_file = None  # DETReg's parser says so whatever it trains on
+    if args.dataset_file is None and args.dataset is None and own.get("num_patches") is not None:
+        args.dataset_file = "imagenet"
+    if args.model is None and own.get("num_feature_levels") is not None:
+        args.model = "deformable_detr"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        args.device = None
+    _follow_stored_layout(args)
+    _drop_unasked(args)
+    is_detreg = "obj_embedding_head" in own
+    if is_detreg and args.model == "detr" and args.position_embedding != "learned" and "position_from_centre" not in own:
+        args.position_from_centre = True
+    if args.masks and args.model != "deformable_detr" and "mask_softmax" not in own and (is_detreg or "pretrain" in own):
+        args.mask_softmax = "per_head"
+
+
+def _follow_stored_layout(args: argparse.Namespace) -> None:
+    """Forget `--dataset` and `--data_root` where the flags that they stand for are stored beside them."""
+    if args.dataset is None:
+        args.data_root = None
+    elif args.dataset in LAYOUT:
+        dataset_file, flag, _ = LAYOUT[args.dataset]
+        if args.dataset_file == dataset_file and getattr(args, flag):
+            args.dataset = args.data_root = None
+
+
+def _drop_unasked(args: argparse.Namespace) -> None:
+    """Take away values that a parser gave to flags of no use for the training."""
+    dataset_file = args.dataset_file or (LAYOUT[args.dataset][0] if args.dataset in LAYOUT else _dataset_of_path(args))
+    model = args.model or "detr"
+    useless = {name for name, datasets in FLAGS_OF.items() if dataset_file not in datasets}
+    useless |= {name for name, owner in MODEL_OF.items() if owner != model}
+    useless |= set() if args.masks else set(OF_MASKS)
+    useless |= set() if args.object_embedding_loss else set(OF_EMBEDDINGS)
+    useless |= {"position_embedding_scale"} if args.position_embedding == "learned" else set()
+    useless |= {"lr_drop"} if args.lr_drop_epochs else set()
+    useless |= {name for name, others in NEEDS.items() if all(getattr(args, other) in (None, -1) for other in others)}
+    for name in useless:
+        usual = [recipe[name] for recipe in RECIPES.values() if name in recipe] + list(UNASKED.get(name, ()))
+        if any(_same(getattr(args, name), value) for value in usual):
+            setattr(args, name, None)
+    for name, value in UNASKED.items():
+        if "" in value and getattr(args, name) == "":
+            setattr(args, name, None)
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
+        return list(value) == list(other)
+    return value == other
 
 
 def follow(args: argparse.Namespace, told: Dict[str, Any]) -> None:
@@ -160,6 +277,9 @@ def _settle(args: argparse.Namespace) -> argparse.Namespace:
         args.dataset_file = _dataset_of_path(args)
     if args.model is None:
         args.model = "deformable_detr" if args.dataset_file == "regions" or _starts_from_deformable(args) else "detr"
+    for name, known in (("dataset_file", DATASETS), ("model", MODELS)):
+        if getattr(args, name) not in known:
+            raise InputError(f"--{name} {getattr(args, name)!r} is not one of {', '.join(known)}")
     _check_belonging(args)
     _check_values(args)
     if args.device is None:
@@ -194,6 +314,8 @@ def _follow_layout(args: argparse.Namespace) -> None:
             raise InputError(f"--data_root {args.data_root} has no effect without --dataset, which says what of it to "
                              "use")
         return
+    if args.dataset not in LAYOUT:
+        raise InputError(f"--dataset {args.dataset!r} is not one of {', '.join(LAYOUT)}")
     dataset_file, flag, place = LAYOUT[args.dataset]
     if args.dataset_file not in (None, dataset_file):
         raise InputError(f"--dataset {args.dataset} means --dataset_file {dataset_file}, not {args.dataset_file}")

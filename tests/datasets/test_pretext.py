@@ -251,7 +251,7 @@ def test_held_out_share_splits_by_name(tmp_path):
         (tmp_path / f"{number}.jpg").touch()
     assert set(val) <= set(build_dataset("val", args).files) and set(train) <= set(build_dataset("train", args).files)
     assert is_held_out("5.jpg", 1.0) and not is_held_out("5.jpg", 0.0)
-    with pytest.raises(InputError, match="--held_out_share 1.5 is not in 0..1"):
+    with pytest.raises(InputError, match="--held_out_share 1.5 must be less than 1"):
         build_dataset("train", arguments(tmp_path, held_out_share=1.5))
     with pytest.raises(InputError, match="--held_out_share 1e-09 of .* leaves no images to hold out"):
         build_dataset("val", arguments(tmp_path, held_out_share=1e-9))

@@ -192,7 +192,7 @@ def test_a_list_of_ids(own_data, tmp_path):
     ({"filter_pct": 0.0}, "--filter_pct 0 is not a share of the images, above 0 and up to 1$"),
     ({"filter_pct": 10.0}, "--filter_pct 10 is not a share of the images, above 0 and up to 1; 10 percent are 0.1$"),
     ({"filter_pct": 101.0}, "--filter_pct 101 is not a share of the images, above 0 and up to 1$"),
-    ({"filter_pct": math.nan}, "--filter_pct nan is not a share of the images, above 0 and up to 1$"),
+    ({"filter_pct": math.nan}, "--filter_pct nan must be a finite number$"),
     ({"filter_num": 0.0}, "--filter_num 0 is not a number of images from 1 to 40"),
     ({"filter_num": 41.0}, "--filter_num 41 is not a number of images from 1 to 40"),
     ({"filter_num": 1.5}, "--filter_num 1.5 is not a number of images")])
@@ -257,7 +257,8 @@ def test_the_usual_splits(root):
 
 def test_a_tenth_of_voc(tmp_path):
     write_toy(tmp_path / "toy", ToySettings(image_size=64, num_unlabelled=1, num_train=20, num_val=2), num_workers=1)
-    args = arguments(tmp_path, dataset_file="voc", voc_path=str(tmp_path / "toy/VOCdevkit"), remove_difficult=False,
+    nowhere = dict(train_images=None, val_images=None, train_annotations=None, val_annotations=None)
+    args = arguments(tmp_path, **nowhere, dataset_file="voc", voc_path=str(tmp_path / "toy/VOCdevkit"), remove_difficult=False,
                      filter_pct=0.1, output_dir=str(tmp_path / "run"))
     dataset = build_dataset("train", args)
     places = np.random.default_rng(0).choice(np.arange(20), size=2, replace=False)  # in the list of images

@@ -171,7 +171,7 @@ def test_missing_things_are_refused_by_name(devkit):
         build_dataset("train", arguments(""))
     with pytest.raises(InputError, match="--voc_path .*nowhere does not exist"):
         build_dataset("train", arguments(devkit.root / "nowhere"))
-    with pytest.raises(InputError, match="--masks needs COCO annotations"):
+    with pytest.raises(InputError, match="--masks has no effect with --dataset_file voc"):
         build_dataset("train", arguments(devkit.root, masks=True))
     (devkit.root / "VOC2007/JPEGImages/000005.jpg").unlink()
     train = build_dataset("train", arguments(devkit.root))

@@ -400,8 +400,3 @@ def test_unknown_data_sets_and_shortened_flags_are_refused(capsys):
         with pytest.raises(SystemExit):
             parse(*flags)
     assert "invalid choice: 'lvis'" in capsys.readouterr().err
-
-
-def test_defaults_that_all_trainings_share_are_the_parsers():
-    args = get_args_parser().parse_args([])
-    assert recipes.PARSER_DEFAULTS == {name: getattr(args, name) for name in recipes.PARSER_DEFAULTS}
