@@ -6,13 +6,12 @@ import torch
 from torch import nn
 
 from models.backbone import build_backbone
-from models.classification import FocalClassification, SoftmaxClassification
 from models.criterion import SetCriterion, weights_for_layers
 from models.deformable_detr import DeformableDETR, PostProcessFocal
 from models.deformable_transformer import build_deformable_transformer
 from models.detreg import DETRegDeformableDETR, DETRegDETR, build_embedder
 from models.detr import DETR, PostProcess
-from models.matcher import HungarianMatcher
+from models.matcher import build_matcher
 from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from models.transformer import build_transformer
 from models.updetr import UPDETR
@@ -77,16 +76,13 @@ def build_model(args: argparse.Namespace, is_thing_map: Optional[Dict[int, bool]
         postprocessors["segm"] = PostProcessSegm()
         if args.dataset_file == "coco_panoptic":
             postprocessors["panoptic"] = PostProcessPanoptic(is_thing_map or coco_is_thing_map(num_classes))
-    matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou,
-                               args.num_queries // args.num_patches if pretraining and args.match_within_group else None,
-                               FocalClassification(args.focal_alpha) if deformable else SoftmaxClassification())
     weight_dict = weights_for_layers(weights, args.dec_layers if args.aux_loss else 1)
     if deformable:
         weight_dict.update({f"{name}_enc": weight for name, weight in weights.items()})  # of proposals, in two stages
     if embedder:
         losses.append("object_embedding")
         weight_dict["loss_object_embedding"] = args.object_embedding_coef  # the last layer alone has it
-    criterion = SetCriterion(num_classes, matcher, weight_dict, args.eos_coef, losses, embedder)
+    criterion = SetCriterion(num_classes, build_matcher(args), weight_dict, args.eos_coef, losses, embedder)
     device = torch.device(args.device)
     return model.to(device), criterion.to(device), postprocessors
 

@@ -8,10 +8,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
 from models.classification import Classification, SoftmaxClassification
 from models.matcher import HungarianMatcher, Matching
+from models.segmentation import dice_loss, sigmoid_focal_loss
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
 from util.distributed import get_world_size, reduce_sum
 from util.misc import accuracy, at_least_float32
@@ -273,10 +273,8 @@ class SetCriterion(nn.Module):
         expected = _padded_masks(targets)[matching.target[-1]].to(predicted.dtype).flatten(1)
         size = _padded_size(targets)
         predicted = F.interpolate(predicted[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
-        focal = sigmoid_focal_loss(predicted, expected, alpha=0.25, gamma=2).mean(1).sum()
-        inside = predicted.sigmoid()
-        dice = 1 - (2 * (inside * expected).sum(1) + 1) / (inside.sum(1) + expected.sum(1) + 1)
-        return {"loss_mask": focal[None] / num_boxes, "loss_dice": dice.sum()[None] / num_boxes}
+        return {"loss_mask": sigmoid_focal_loss(predicted, expected, num_boxes)[None],
+                "loss_dice": dice_loss(predicted, expected, num_boxes)[None]}
 
     def _feature_loss(self, stacked: Dict[str, Tensor], targets: Sequence[Dict[str, Tensor]],
                       matching: Matching, *, num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from models import criterion
 from models.classification import FocalClassification, SoftmaxClassification
 from models.deformable_transformer import Encoded, move_boxes
+from models.detr import build
 from models.heads import MLP, HeadLinear
 from models.matcher import HungarianMatcher
 from util.box_ops import box_cxcywh_to_xyxy
 from util.misc import NestedTensor, at_least_float32, nested_tensor_from_tensor_list
 
-__all__ = ["DeformableDETR", "MLP", "PostProcess", "PostProcessFocal", "SetCriterion"]
+__all__ = ["DeformableDETR", "MLP", "PostProcess", "PostProcessFocal", "SetCriterion", "build"]
 
 NORM_GROUPS = 32  # of the group norm behind the projection of each feature map
 PRIOR = 0.01  # probability that each class starts with
@@ -44,6 +45,7 @@ class DeformableDETR(nn.Module):
                  two_stage: bool = False) -> None:
         super().__init__()
         self.num_queries, self.aux_loss, self.two_stage = num_queries, aux_loss, two_stage
+        self.num_proposals: int = transformer.two_stage_num_proposals or num_queries
         self.transformer = transformer
         hidden_dim = transformer.d_model
         num_layers = len(transformer.decoder.layers)
@@ -117,7 +119,7 @@ class DeformableDETR(nn.Module):
 
     def decode_proposals(self, encoded: Encoded, logits: Tensor, box_logits: Tensor) -> Tuple[Tensor, List[Tensor]]:
         """Decoder outputs [L, B, N, d] of queries made of the best proposals, and the reference boxes of each layer."""
-        best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices
+        best = logits[..., 0].topk(min(self.num_proposals, logits.shape[1]), dim=1).indices
         box_logits = box_logits.gather(1, best[:, :, None].expand(-1, -1, 4)).detach()
         tgt, query_pos = self.transformer.queries_at(box_logits)
         return self.transformer.decode(encoded, tgt, query_pos, box_logits.sigmoid())

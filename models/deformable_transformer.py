@@ -5,7 +5,7 @@ around their reference: a point, or a box where boxes are refined from layer to 
 """
 import argparse
 import math
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.dropout import Dropout
 from models.ms_deform_attn import Levels, MSDeformAttn, make_levels
-from models.transformer import FeedForward, MultiheadAttention
+from models.transformer import FeedForward, MultiheadAttention, _get_clones
 from util import recipes
 from util.misc import inverse_sigmoid
 
@@ -35,12 +35,12 @@ class Encoded(NamedTuple):
 class DeformableTransformerEncoderLayer(FeedForward):
     """Deformable self-attention and feed-forward, each with a residual that is normalised."""
 
-    def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, activation: str, n_levels: int,
-                 n_points: int) -> None:
+    def __init__(self, d_model: int = 256, d_ffn: int = 1024, dropout: float = 0.1, activation: str = "relu",
+                 n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(d_model, n_levels, nhead, n_points)
+        self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
         self.norm1 = nn.LayerNorm(d_model)
-        self._add_feed_forward(d_model, dim_feedforward, dropout, activation)
+        self._add_feed_forward(d_model, d_ffn, dropout, activation)
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout1 = Dropout(dropout)
         self.dropout2 = Dropout(dropout)
@@ -54,14 +54,14 @@ class DeformableTransformerEncoderLayer(FeedForward):
 class DeformableTransformerDecoderLayer(FeedForward):
     """Self-attention among queries, deformable attention to the encoder's memory, feed-forward."""
 
-    def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, activation: str, n_levels: int,
-                 n_points: int) -> None:
+    def __init__(self, d_model: int = 256, d_ffn: int = 1024, dropout: float = 0.1, activation: str = "relu",
+                 n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__()
-        self.cross_attn = MSDeformAttn(d_model, n_levels, nhead, n_points)
+        self.cross_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
         self.norm1 = nn.LayerNorm(d_model)
-        self.self_attn = MultiheadAttention(d_model, nhead, dropout)
+        self.self_attn = MultiheadAttention(d_model, n_heads, dropout)
         self.norm2 = nn.LayerNorm(d_model)
-        self._add_feed_forward(d_model, dim_feedforward, dropout, activation)
+        self._add_feed_forward(d_model, d_ffn, dropout, activation)
         self.norm3 = nn.LayerNorm(d_model)
         self.dropout1 = Dropout(dropout)
         self.dropout2 = Dropout(dropout)
@@ -77,11 +77,11 @@ class DeformableTransformerDecoderLayer(FeedForward):
 
 
 class DeformableTransformerEncoder(nn.Module):
-    """A stack of encoder layers."""
+    """A stack of encoder layers: copies of one, or those of a list."""
 
-    def __init__(self, layers: List[DeformableTransformerEncoderLayer]) -> None:
+    def __init__(self, encoder_layer: Union[nn.Module, List[nn.Module]], num_layers: Optional[int] = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = _stack(encoder_layer, num_layers)
 
     def forward(self, src: Tensor, pos: Tensor, reference: Tensor, levels: Levels, padding: Tensor) -> Tensor:
         for layer in self.layers:
@@ -90,16 +90,18 @@ class DeformableTransformerEncoder(nn.Module):
 
 
 class DeformableTransformerDecoder(nn.Module):
-    """A stack of decoder layers.
+    """A stack of decoder layers: copies of one, or those of a list.
 
     bbox_embed: the detector's box heads, one for each layer, if each layer's boxes are the next one's references; None if
         all layers look from the same reference. class_embed: its class heads, under which published two-stage models hold
         them a second time.
     """
 
-    def __init__(self, layers: List[DeformableTransformerDecoderLayer]) -> None:
+    def __init__(self, decoder_layer: Union[nn.Module, List[nn.Module]], num_layers: Optional[int] = None,
+                 return_intermediate: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = _stack(decoder_layer, num_layers)
+        self.return_intermediate = return_intermediate
         self.bbox_embed: Optional[nn.ModuleList] = None
         self.class_embed: Optional[nn.ModuleList] = None
 
@@ -110,7 +112,8 @@ class DeformableTransformerDecoder(nn.Module):
             tgt, query_pos: [B, N, d]; reference: [B, N, 2] points or [B, N, 4] boxes cxcywh, in 0..1 of the image.
 
         Returns:
-            outputs [layers, B, N, d], and for each layer the reference that it looked from.
+            outputs [layers, B, N, d], and for each layer the reference that it looked from; of the last layer alone
+            without `return_intermediate`.
         """
         outputs: List[Tensor] = []
         references: List[Tensor] = []
@@ -120,6 +123,8 @@ class DeformableTransformerDecoder(nn.Module):
             outputs.append(tgt)
             if i < len(self.layers) - 1:
                 reference = self._refined(i, tgt, reference)
+        if not self.return_intermediate:
+            outputs, references = outputs[-1:], references[-1:]
         return torch.stack(outputs), references
 
     def _refined(self, layer: int, tgt: Tensor, reference: Tensor) -> Tensor:
@@ -131,6 +136,10 @@ class DeformableTransformerDecoder(nn.Module):
                     # later would then have no gradient (torch 2.4).
                     reference = move_boxes(reference, head(tgt)).detach()
         return reference
+
+
+def _stack(layer: Union[nn.Module, List[nn.Module]], num_layers: Optional[int]) -> nn.ModuleList:
+    return nn.ModuleList(layer) if num_layers is None else _get_clones(layer, num_layers)
 
 
 def _in_each_map(reference: Tensor, valid_ratios: Tensor) -> Tensor:
@@ -150,22 +159,26 @@ class DeformableTransformer(nn.Module):
 
     Args:
         d_model: width; nhead: attention heads; activation: "relu" or "gelu".
+        return_intermediate_dec: taken as published; the outputs of all decoder layers are returned in any case.
         num_feature_levels: number of feature maps.
         dec_n_points, enc_n_points: points that a head samples in each map.
         two_stage: the encoder's tokens propose boxes, of which the queries are made (sec. 4.2).
+        two_stage_num_proposals: how many of them; as many as the detector has queries if not given.
     """
 
     def __init__(self, d_model: int = 256, nhead: int = 8, num_encoder_layers: int = 6, num_decoder_layers: int = 6,
-                 dim_feedforward: int = 1024, dropout: float = 0.1, activation: str = "relu", num_feature_levels: int = 4,
-                 dec_n_points: int = 4, enc_n_points: int = 4, two_stage: bool = False) -> None:
+                 dim_feedforward: int = 1024, dropout: float = 0.1, activation: str = "relu",
+                 return_intermediate_dec: bool = False, num_feature_levels: int = 4, dec_n_points: int = 4,
+                 enc_n_points: int = 4, two_stage: bool = False, two_stage_num_proposals: Optional[int] = None) -> None:
         super().__init__()
-        common = (d_model, nhead, dim_feedforward, dropout, activation, num_feature_levels)
+        common = (d_model, dim_feedforward, dropout, activation, num_feature_levels, nhead)
         self.encoder = DeformableTransformerEncoder(
             [DeformableTransformerEncoderLayer(*common, enc_n_points) for _ in range(num_encoder_layers)])
         self.decoder = DeformableTransformerDecoder(
             [DeformableTransformerDecoderLayer(*common, dec_n_points) for _ in range(num_decoder_layers)])
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
         self.d_model, self.nhead, self.two_stage = d_model, nhead, two_stage
+        self.two_stage_num_proposals = two_stage_num_proposals
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
@@ -260,3 +273,6 @@ def build_deformable_transformer(args: argparse.Namespace) -> DeformableTransfor
         d_model=args.hidden_dim, nhead=args.nheads, num_encoder_layers=args.enc_layers, num_decoder_layers=args.dec_layers,
         dim_feedforward=args.dim_feedforward, dropout=args.dropout, num_feature_levels=args.num_feature_levels,
         dec_n_points=args.dec_n_points, enc_n_points=args.enc_n_points, two_stage=args.two_stage)
+
+
+build_deforamble_transformer = build_deformable_transformer  # its published name

@@ -1,5 +1,6 @@
 """DETR: a backbone, a transformer and two heads that predict a set of boxes (Carion et al., 2020, sec. 3)."""
-from typing import Dict, List
+import argparse
+from typing import Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from models.heads import MLP, HeadLinear
 from util.box_ops import box_cxcywh_to_xyxy
 from util.misc import NestedTensor, at_least_float32, nested_tensor_from_tensor_list
 
-__all__ = ["DETR", "MLP", "PostProcess", "SetCriterion"]
+__all__ = ["DETR", "MLP", "PostProcess", "SetCriterion", "build"]
 
 
 class DETR(nn.Module):
@@ -98,3 +99,9 @@ class PostProcess(nn.Module):
         scale = torch.stack([width, height, width, height], dim=1).to(boxes.dtype)
         boxes = box_cxcywh_to_xyxy(boxes) * scale[:, None, :]
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
+
+
+def build(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module, Dict[str, nn.Module]]:
+    """What `models.build_model` returns, under its published name."""
+    from models import build_model  # which imports this module
+    return build_model(args)

@@ -1,4 +1,5 @@
 """Bipartite matching between predictions and targets (Carion et al., 2020, sec. 3.1, eq. 1)."""
+import argparse
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -7,7 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from models.classification import Classification, SoftmaxClassification
+from models.classification import Classification, FocalClassification, SoftmaxClassification
+from util import recipes
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
 
 
@@ -135,3 +137,13 @@ class HungarianMatcher(nn.Module):
 def _image_id(target: Dict[str, Any]) -> Any:
     image_id = target.get("image_id", "unknown")
     return image_id.tolist()[0] if isinstance(image_id, Tensor) and image_id.dim() else image_id
+
+
+def build_matcher(args: argparse.Namespace) -> HungarianMatcher:
+    """The matcher that the flags describe."""
+    args = recipes.settled(args)
+    within_group = args.dataset_file == "imagenet" and args.match_within_group
+    return HungarianMatcher(
+        args.set_cost_class, args.set_cost_bbox, args.set_cost_giou,
+        args.num_queries // args.num_patches if within_group else None,
+        FocalClassification(args.focal_alpha) if args.model == "deformable_detr" else SoftmaxClassification())

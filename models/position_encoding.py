@@ -24,7 +24,7 @@ class PositionEmbeddingSine(nn.Module):
     """
 
     def __init__(self, num_pos_feats: int = 64, temperature: float = 10000, normalize: bool = False,
-                 scale: Optional[float] = None, from_centre: bool = False) -> None:
+                 scale: Optional[float] = None, *, from_centre: bool = False) -> None:
         super().__init__()
         if scale is not None and not normalize:
             raise ValueError(f"scale={scale} has no effect without normalize=True")

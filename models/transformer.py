@@ -83,7 +83,7 @@ class FeedForward(nn.Module):
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.dropout = Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.activation = _activation(activation)
+        self.activation = _get_activation_fn(activation)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
@@ -156,7 +156,7 @@ class TransformerEncoder(nn.Module):
 
     def __init__(self, encoder_layer: TransformerEncoderLayer, num_layers: int, norm: Optional[nn.Module] = None) -> None:
         super().__init__()
-        self.layers = _clones(encoder_layer, num_layers)
+        self.layers = _get_clones(encoder_layer, num_layers)
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, src: Tensor, pos: Tensor, allowed: Optional[Tensor] = None) -> Tensor:
@@ -174,7 +174,7 @@ class TransformerDecoder(nn.Module):
     def __init__(self, decoder_layer: TransformerDecoderLayer, num_layers: int, norm: nn.Module,
                  return_intermediate: bool = False) -> None:
         super().__init__()
-        self.layers = _clones(decoder_layer, num_layers)
+        self.layers = _get_clones(decoder_layer, num_layers)
         self.norm = norm
         self.return_intermediate = return_intermediate
 
@@ -241,15 +241,15 @@ class Transformer(nn.Module):
         return decoded, memory.transpose(1, 2).unflatten(2, [height, width])
 
 
-def _clones(module: nn.Module, count: int) -> nn.ModuleList:
-    return nn.ModuleList([copy.deepcopy(module) for _ in range(count)])
+def _get_clones(module: nn.Module, N: int) -> nn.ModuleList:
+    return nn.ModuleList([copy.deepcopy(module) for _ in range(N)])
 
 
-def _activation(name: str) -> nn.Module:
+def _get_activation_fn(activation: str) -> nn.Module:
     activations = {"relu": nn.ReLU, "gelu": nn.GELU}
-    if name not in activations:
-        raise ValueError(f"activation {name!r} is not one of {', '.join(activations)}")
-    return activations[name]()
+    if activation not in activations:
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(activations)}")
+    return activations[activation]()
 
 
 def build_transformer(args: argparse.Namespace) -> Transformer:

@@ -4,8 +4,10 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
-from models.detr import DETR, MLP
+from models.detr import DETR, MLP, build
 from util.misc import NestedTensor, nested_tensor_from_tensor_list
+
+__all__ = ["UPDETR", "build"]
 
 
 class UPDETR(DETR):

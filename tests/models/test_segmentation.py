@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
-from models.segmentation import AttentionMaps, DETRsegm, MaskHead
+from models.segmentation import DETRsegm, MaskHeadSmallConv, MHAttentionMap
 from util.misc import NestedTensor, nested_tensor_from_tensor_list
 
 
@@ -40,7 +40,7 @@ def head_inputs(num_queries=12, batch=2, seed=0):
 
 def small_head():
     torch.manual_seed(1)
-    return MaskHead(16, 4, (32, 16, 8))
+    return MaskHeadSmallConv(20, (32, 16, 8), 16)
 
 
 # Attention maps.
@@ -48,7 +48,7 @@ def small_head():
 
 def test_maps_per_head_are_those_of_torchs_attention(attention_inputs):
     queries, memory, mask = attention_inputs
-    attention = AttentionMaps(16, 4, softmax_per_head=True)
+    attention = MHAttentionMap(16, 16, 4, softmax_per_head=True)
     peer = nn.MultiheadAttention(16, 4, batch_first=True)
     with torch.no_grad():
         for i, linear in enumerate((attention.q_linear, attention.k_linear)):
@@ -62,7 +62,7 @@ def test_maps_per_head_are_those_of_torchs_attention(attention_inputs):
 
 def test_joint_maps_share_one_sum_among_the_heads(attention_inputs):
     torch.manual_seed(0)
-    joint, per_head = AttentionMaps(16, 4), AttentionMaps(16, 4, softmax_per_head=True)
+    joint, per_head = MHAttentionMap(16, 16, 4), MHAttentionMap(16, 16, 4, softmax_per_head=True)
     per_head.load_state_dict(joint.state_dict())
     one, each = joint(*attention_inputs), per_head(*attention_inputs)
     torch.testing.assert_close(one.sum((2, 3, 4)), torch.ones(2, 5))
@@ -75,7 +75,7 @@ def test_joint_maps_share_one_sum_among_the_heads(attention_inputs):
 @pytest.mark.parametrize("per_head", [False, True])
 def test_padding_gets_no_attention(attention_inputs, per_head):
     queries, memory, mask = attention_inputs
-    attention = AttentionMaps(16, 4, per_head)
+    attention = MHAttentionMap(16, 16, 4, softmax_per_head=per_head)
     maps = attention(queries, memory, mask)
     assert (maps[0, :, :, :, 3] == 0).all() and (maps[1] > 0).all()
     torch.testing.assert_close(maps[:1, ..., :3], attention(queries[:1], memory[:1, :, :, :3]), msg="as if cut off")
@@ -95,7 +95,8 @@ def test_the_first_convolution_sees_projected_map_and_attention_together():
     head.lay1.bias.normal_()
     projected, attention, maps = head_inputs()
     masks = head.eval()(projected, attention, maps)
-    assert masks.shape == (2, 12, 20, 26)
+    assert masks.shape == (24, 1, 20, 26)
+    masks = masks[:, 0].unflatten(0, (2, 12))
     for image in range(2):
         for query in range(12):
             x = torch.cat([projected[image], attention[image, query]])[None]
@@ -122,16 +123,17 @@ def test_masks_made_in_parts_equal_masks_made_at_once():
 def test_order_of_queries_and_images_does_not_matter():
     head = small_head().eval()
     projected, attention, maps = head_inputs()
-    masks = head(projected, attention, maps)
+    masks = head(projected, attention, maps).unflatten(0, (2, 12))
     queries = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(head(projected, attention[:, queries], maps), masks[:, queries], rtol=1e-4, atol=1e-5)
-    swapped = head(projected.flip(0), attention.flip(0), [fine.flip(0) for fine in maps])
+    shuffled = head(projected, attention[:, queries], maps).unflatten(0, (2, 12))
+    torch.testing.assert_close(shuffled, masks[:, queries], rtol=1e-4, atol=1e-5)
+    swapped = head(projected.flip(0), attention.flip(0), [fine.flip(0) for fine in maps]).unflatten(0, (2, 12))
     torch.testing.assert_close(swapped, masks.flip(0), rtol=1e-4, atol=1e-5)
 
 
 def test_too_narrow_a_head_is_refused():
     with pytest.raises(ValueError, match=r"a mask head needs a width of at least 16 \(--hidden_dim\), got 8"):
-        MaskHead(8, 4, (32, 16, 8))
+        MaskHeadSmallConv(12, (32, 16, 8), 8)
 
 
 def test_groups_fit_every_width():
@@ -140,8 +142,8 @@ def test_groups_fit_every_width():
     def groups(head):
         return [norm.num_groups for norm in head.modules() if isinstance(norm, nn.GroupNorm)]
 
-    assert groups(MaskHead(256, 8, (1024, 512, 256))) == [8] * 5
-    assert groups(MaskHead(64, 4, (128, 64, 32))) == [4, 8, 8, 8, 4], "of 68, 32, 16, 8 and 4 channels"
+    assert groups(MaskHeadSmallConv(264, (1024, 512, 256), 256)) == [8] * 5
+    assert groups(MaskHeadSmallConv(68, (128, 64, 32), 64)) == [4, 8, 8, 8, 4], "of 68, 32, 16, 8 and 4 channels"
 
 
 # The whole model.
