@@ -88,7 +88,6 @@ class BackboneBase(nn.Module):
         depth = LAYERS.index(last_layer) + 1
         num_maps = num_maps or (depth if return_interm_layers else 1)
         self.body = ResNetBody(backbone, last_layer, num_maps)
-        self.body.to(memory_format=torch.channels_last)  # faster convolutions, equal up to rounding
         self.num_channels = num_channels
         self.map_channels = [num_channels // 2 ** i for i in reversed(range(num_maps))]  # of each returned map
         # Of layer3, layer2, layer1, each half of the next deeper one's: what a mask head refines its masks with.
