@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Subset
 
 from datasets.coco_eval import CocoEvaluator
 from datasets.panoptic_eval import PanopticEvaluator
+from models import fused
 from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
 from util.checkpoint import save_checkpoint
 from util.misc import MetricLogger, SmoothedValue, is_main_process, print_main
@@ -40,6 +41,7 @@ def weighted_sum(losses: Dict[str, Tensor], weights: Dict[str, float]) -> Tensor
     return (values * torch.tensor([weights[name] for name in names]).to(values.device, non_blocking=True)).sum()
 
 
+@fused.steps()
 def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
                     device: torch.device, epoch: int, max_norm: float = 0, *, accumulate_steps: int = 1,
                     amp_dtype: Optional[torch.dtype] = None,
@@ -133,6 +135,7 @@ def _log(logger: MetricLogger, losses: Dict[str, Tensor], weights: Dict[str, flo
 
 
 @torch.no_grad()
+@fused.steps()
 def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, nn.Module], data_loader: Iterable,
              base_ds: Any, device: torch.device, output_dir: Optional[str] = None, *,
              amp_dtype: Optional[torch.dtype] = None) -> Tuple[Dict[str, Any], CocoEvaluator]:
@@ -216,6 +219,7 @@ def panoptic_evaluator(dataset: Dataset, output_dir: Optional[str]) -> PanopticE
 
 
 @torch.no_grad()
+@fused.steps()
 def evaluate_patches(model: nn.Module, data_loader: Iterable, device: torch.device) -> Dict[str, float]:
     """Measure whether a pre-trained UP-DETR finds the patch that it is shown.
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from models.fused import FrozenBatchNorm2d, can_fuse, forget, resnet_maps
+from models.fused import FrozenBatchNorm2d, can_fuse, resnet_maps
 from models.position_encoding import build_position_encoding
 from util import recipes
 from util.checkpoint import load_checkpoint
@@ -61,10 +61,6 @@ class ResNetBody(nn.Module):
         if self.has_layer4:
             maps.append(self.layer4(maps[-1]))
         return maps[len(maps) - self.num_maps:]
-
-    def train(self, mode: bool = True) -> "ResNetBody":
-        forget()  # weights may have been exchanged in ways that leave no trace
-        return super().train(mode)
 
 
 class BackboneBase(nn.Module):

@@ -122,8 +122,7 @@ class RegionEmbedder:
     """
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
-        network.to(device, memory_format=torch.channels_last)  # faster convolutions, equal up to rounding
-        self.network = network.requires_grad_(False).eval()
+        self.network = network.to(device).requires_grad_(False).eval()
         self.dim: int = network.dim
 
     @torch.no_grad()

@@ -1,17 +1,18 @@
 """Frozen batch normalisation, and ResNets that take a convolution, its normalisation, a residual and a ReLU in one step.
 
 The numbers are the same up to rounding. Normalisation by constants is a scale and a shift of each channel. The scale goes
-into the convolution's weights and the shift becomes its bias; on a CPU oneDNN then adds the residual and applies the ReLU
-while the result is still in the processor's registers. What is left out is memory traffic: on a CPU the separate steps
+into the convolution's weights and the shift becomes its bias; on a CPU oneDNN then adds the residual while the result is
+still in the processor's registers. What is left out is memory traffic: on a CPU the separate steps
 cost up to three times as much as a 1×1 convolution itself. Where it is faster, `winograd` takes 3×3 convolutions.
 
-Weights that don't train are folded once; those for `winograd` take four times their memory, 130 MB for ResNet-50. (To lay
-them out once as oneDNN likes best doesn't pay: its layout depends on the image's size, and one made for another size is many
-times slower.) `enable(False)` turns all of it off; modules that are compiled, scripted, traced or watched by hooks are never
-run this way.
+Rounding can be told from outside: a scripted model would no longer equal its original. So it is done within `steps()` alone,
+where the loops of `engine` and the tools run; a model that is called by other code computes step by step. Weights are folded
+at each call, 2 % of a call's time, and never kept: a change of them can't be missed, whoever makes it. The ReLU is torch's, as
+oneDNN's turns NaN into 0. `enable(False)` turns all of it off, and modules that are compiled, scripted, traced, transformed or
+watched are never run this way.
 """
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
-from weakref import WeakKeyDictionary
+import contextlib
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -23,31 +24,36 @@ from models import winograd
 # What a network is made of that may be run by `resnet_maps`. Only its own code knows what to do with anything else.
 _KNOWN = (BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Identity)
 _enabled = True
-# By convolution and whether it is Winograd's: what the folded weights are made of, these weights, and the bias.
-_folded: "WeakKeyDictionary[nn.Module, Dict[bool, Tuple[Any, Tensor, Tensor]]]" = WeakKeyDictionary()
+_inside = False  # `steps()`
 
 
 def enable(on: bool) -> None:
-    """Turn fused steps on or off, for the whole process."""
+    """Turn fused steps on or off, for the whole process; where they are on, `steps` says when they are taken."""
     global _enabled
     _enabled = on
-    forget()
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[None]:
+    """Take fused steps within, equal up to rounding to separate ones; a context or a decorator."""
+    global _inside
+    before, _inside = _inside, True
+    try:
+        yield
+    finally:
+        _inside = before
 
 
 def forget() -> None:
-    """Drop folded weights, which are made anew when they are needed.
-
-    Changes of weights are noticed without it, but for those behind autograd's back (`weight.data.copy_(…)`).
-    """
-    _folded.clear()
+    """Do nothing: no folded weights are kept. It stays for code that calls it after changing weights."""
 
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation whose statistics and affine parameters are constants (buffers), as in fine-tuned detectors."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps = 1e-5
+        self.eps = eps
         self.register_buffer("weight", torch.ones(n))
         self.register_buffer("bias", torch.zeros(n))
         self.register_buffer("running_mean", torch.zeros(n))
@@ -63,17 +69,31 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def can_fuse(resnet: nn.Module) -> bool:
-    """Whether `resnet_maps` may run this network: all of torchvision's own blocks, with frozen normalisation, unwatched."""
-    if not _enabled or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Say if `resnet_maps` may run this network: within `steps`, torchvision's own blocks, frozen norms, nobody watching."""
+    if not (_enabled and _inside) or _watched():
         return False
     for module in resnet.modules():
         if module is not resnet and type(module) not in (*_KNOWN, FrozenBatchNorm2d):
             return False
-        if isinstance(module, nn.Conv2d) and module.bias is not None:
+        if "forward" in vars(module) or isinstance(module, nn.Conv2d) and not _plain(module):
             return False
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return False
     return True
+
+
+def _watched() -> bool:
+    """Say if torch compiles, traces or transforms what runs now, or if a mode or a hook sees every operator or module."""
+    hooks = nn.modules.module
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing()
+                or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+                or torch._C._functorch.peek_interpreter_stack() is not None
+                or hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+                or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+
+
+def _plain(conv: nn.Conv2d) -> bool:
+    return conv.bias is None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def resnet_maps(resnet: nn.Module, layers: Sequence[str], x: Tensor) -> List[Tensor]:
@@ -117,9 +137,9 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool = True, res
                                     or residual is not None and residual.requires_grad):
         scale, shift = _scale_and_shift(norm)
         return _TrainedConvolution.apply(x, conv.weight, scale, shift, residual, relu, geometry)
-    if winograd.suits(x, conv.weight, geometry):
-        return winograd.convolve(x, *_constant_weights(conv, norm, x, at_points=True), residual, relu)
-    return _apply(x, *_constant_weights(conv, norm, x), residual, relu, geometry)
+    with torch.no_grad():
+        scale, shift = _scale_and_shift(norm)
+        return _apply(x, _fold(conv.weight, scale, x), shift.to(x.dtype), residual, relu, geometry)
 
 
 class _TrainedConvolution(torch.autograd.Function):
@@ -129,7 +149,7 @@ class _TrainedConvolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], relu: bool,
                 geometry: winograd.Geometry) -> Tensor:
         folded, shift = _fold(weight, scale, x), shift.to(x.dtype)
-        ctx.winograd = winograd.suits(x, weight, geometry, trained=True)
+        ctx.winograd = winograd.suits(x, weight, geometry)
         if ctx.winograd:
             out = winograd.convolve(x, winograd.at_points(folded), shift, residual, relu)
         else:
@@ -151,7 +171,7 @@ class _TrainedConvolution(torch.autograd.Function):
         else:
             grad_x, grad_weight = _direct_gradients(grad, x, folded, ctx.geometry, wanted)
         if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.weight_dtype) * scale[:, None, None, None]
+            grad_weight = (grad_weight.to(ctx.weight_dtype) * scale[:, None, None, None]).contiguous()
         return grad_x, grad_weight, None, None, grad if ctx.needs_input_grad[4] else None, None, None
 
 
@@ -182,12 +202,13 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor, residual: Optional[Tensor], 
     if _onednn_takes(x):
         one_dnn = torch.ops.mkldnn._convolution_pointwise
         if residual is None:
-            return one_dnn(x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], "")
-        return one_dnn.binary(x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0,
-                              "relu" if relu else None, [], None)
-    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if residual is not None:
-        out += residual
+            out = one_dnn(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
+        else:
+            out = one_dnn.binary(x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
+    else:
+        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if residual is not None:
+            out += residual
     return out.relu_() if relu else out
 
 
@@ -208,30 +229,14 @@ def _fold(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     return (weight * scale[:, None, None, None]).to(x.dtype, memory_format=memory_format(x))
 
 
-def _constant_weights(conv: nn.Conv2d, norm: nn.Module, x: Tensor, at_points: bool = False) -> Tuple[Tensor, Tensor]:
-    """Folded weight and bias for x; kept from call to call as long as nothing they are made of changes.
-
-    Args:
-        at_points: the weight as `winograd.convolve` takes it.
-    """
-    sources = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    key = None
-    if not any(source.is_inference() for source in sources):  # whose changes can't be told
-        key = (x.dtype, memory_format(x), *((source.data_ptr(), source._version) for source in sources))
-        kept = _folded.get(conv, {}).get(at_points)
-        if kept is not None and kept[0] == key:
-            return kept[1:]
-    with torch.no_grad():
-        scale, shift = _scale_and_shift(norm)
-        weight, bias = _fold(conv.weight, scale, x), shift.to(x.dtype)
-        if at_points:
-            weight = winograd.at_points(weight).contiguous()
-    if key is not None:
-        _folded.setdefault(conv, {})[at_points] = (key, weight, bias)
-    return weight, bias
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
     """Layout in which convolutions of x are fastest: channels last, but for float32 on GPUs outside their tensor cores."""
-    plain = x.is_cuda and x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    plain = x.is_cuda and x.dtype == torch.float32 and not _allows_tf32()
     return torch.contiguous_format if plain else torch.channels_last
+
+
+def _allows_tf32() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # which torch raises where its newer switches, `fp32_precision`, are used
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"

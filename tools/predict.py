@@ -31,7 +31,7 @@ from datasets.checks import ground_truth_problems, raise_first
 from datasets.coco import class_names, make_coco_transforms, read_ground_truth
 from datasets.image_io import UnreadableImage, read_image
 from datasets.pretext import list_images
-from models import build_postprocess
+from models import build_postprocess, fused
 from models.segmentation import PostProcessPanoptic, PostProcessSegm
 from tools.drawing import distinct_colour, draw_boxes, side_by_side
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
@@ -226,7 +226,8 @@ class Detector:
         inside = ~samples.mask
         resized = torch.stack([inside[:, :, 0].sum(1), inside[:, 0].sum(1)], dim=1)
         originals = torch.tensor([image.shape[-2:] for image in images])
-        outputs = self.model(samples.to(self.device))
+        with fused.steps():
+            outputs = self.model(samples.to(self.device))
         if self.panoptic:
             self.best = outputs["pred_logits"].softmax(-1)[..., :-1].amax((1, 2)).tolist()
             return self.panoptic(outputs, resized, originals)

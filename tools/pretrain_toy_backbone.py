@@ -213,7 +213,7 @@ def main(args: argparse.Namespace) -> Optional[Dict[str, float]]:
     print(f"drew {len(images)} images of {len(CLASSES)} objects and {len(PHOTOGRAPHS)} backgrounds "
           f"in {time.perf_counter() - start:.0f} s", flush=True)
     torch.manual_seed(args.seed)
-    resnet = build_classifier(args.backbone, args.backbone_last_layer).to(device, memory_format=torch.channels_last)
+    resnet = build_classifier(args.backbone, args.backbone_last_layer).to(device)
     train(resnet, images[:args.num_images], labels[:args.num_images], args)
     results = measure(resnet, images[args.num_images:], labels[args.num_images:])
     results["patch IoU"], results["patch IoU by chance"] = measure_places(resnet, device)

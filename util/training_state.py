@@ -111,6 +111,7 @@ class TrainingState:
         except ValueError as error:
             raise InputError(f"--resume {location}: its optimizer state doesn't fit the flags ({error}); "
                              "does --lr_backbone or --frozen_weights freeze other layers now?") from error
+        lay_out_like_parameters(self.optimizer)
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         self._keep_given_rates(given)
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
@@ -156,6 +157,15 @@ class TrainingState:
         self.lr_scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         if lines:
             print_main("resume: " + "; ".join(dict.fromkeys(lines)))
+
+
+def lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give each of the optimizer's moments its parameter's memory layout: fused steps pair the two by their place in memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_strided(parameter.size(), parameter.stride(), dtype=value.dtype,
+                                                  device=value.device).copy_(value)
 
 
 def _meters_of(states: List[Dict[str, Any]]) -> Dict[str, Any]:

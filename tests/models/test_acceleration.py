@@ -11,7 +11,8 @@ from util.errors import InputError
 
 @pytest.fixture(autouse=True)
 def fusing():
-    yield
+    with fused.steps():
+        yield
     fused.enable(True)
 
 

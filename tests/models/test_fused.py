@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.flop_counter
 import torchvision
 from torch import nn
 
@@ -14,7 +15,8 @@ from models.fused import FrozenBatchNorm2d
 
 @pytest.fixture(autouse=True)
 def fusing():
-    yield
+    with fused.steps():
+        yield
     fused.enable(True)
 
 
@@ -108,9 +110,9 @@ def test_a_step_is_the_composition_of_its_parts(kernel, stride, dilation, relu, 
 
 
 @pytest.mark.parametrize("relu, with_residual", [(True, True), (True, False), (False, False), (False, True)])
-@pytest.mark.parametrize("trained", [True, False])
-def test_a_step_by_winograd_is_the_composition_of_its_parts(relu, with_residual, trained, monkeypatch):
-    """In training with its gradients, and with constant weights; both do take that way."""
+def test_a_step_by_winograd_is_the_composition_of_its_parts(relu, with_residual, monkeypatch):
+    """With its gradients; it does take that way."""
+    trained = True
     conv = nn.Conv2d(128, 136, 3, padding=1, bias=False)
     norm = randomise(FrozenBatchNorm2d(136))
     x = torch.randn(2, 128, 22, 26, requires_grad=trained)
@@ -149,7 +151,7 @@ def test_gradients_by_finite_differences():
 
 
 def test_changed_weights_are_seen_at_once():
-    """Folded weights are kept from call to call, but not beyond a change of what they are made of."""
+    """However they are changed: no folded weight is kept."""
     body, images = make_body(train=False), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         first = body(images)[-1].clone()
@@ -165,13 +167,12 @@ def test_changed_weights_are_seen_at_once():
             first = after
 
 
-def test_weights_changed_behind_autograds_back_are_seen_after_switching_modes():
-    """As averages of weights are often put in place: by `weight.data.copy_`, then `eval()`."""
+def test_weights_changed_behind_autograds_back_are_seen():
+    """As averages of weights are often put in place: by `weight.data.copy_`."""
     body, images = make_body(train=False), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         first = body(images)[-1].clone()
         body.layer4[1].conv2.weight.data.mul_(3)
-        body.eval()
         assert not torch.equal(body(images)[-1], first)
 
 
@@ -258,3 +259,63 @@ def test_one_training_step_is_that_of_separate_steps(tiny_args, images):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
     for name, value in results[0][1].items():
         torch.testing.assert_close(value, results[1][1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_calls_outside_of_steps_are_torchvisions_own():
+    body, images = make_body(train=False).eval(), torch.randn(1, 3, 64, 64)
+    fused._inside = False
+    with torch.no_grad():
+        x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+        for layer in (body.layer1, body.layer2, body.layer3, body.layer4):
+            x = layer(x)
+        assert torch.equal(body(images)[-1], x)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("where", ["pixel", "weight", "norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(train, where, value):
+    body, images = make_body("resnet50", train=train), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        tensor = {"pixel": images, "weight": body.layer2[0].conv2.weight, "norm": body.layer3[0].bn1.bias}[where]
+        tensor.view(-1)[0] = value
+    assert not body(images)[-1].isfinite().all()
+
+
+def test_stored_parameters_and_gradients_are_contiguous():
+    body = make_body("resnet50")
+    body(torch.randn(1, 3, 64, 64))[-1].sum().backward()
+    assert all(value.is_contiguous() for value in body.state_dict().values())
+    gradients = [p.grad for p in body.parameters() if p.grad is not None]
+    assert len(gradients) > 30 and all(grad.is_contiguous() for grad in gradients)
+
+
+def test_modes_transforms_replaced_forwards_and_global_hooks_are_served_step_by_step():
+    body = make_body()
+    assert fused.can_fuse(body)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert not fused.can_fuse(body)
+    with torch.overrides.TorchFunctionMode():
+        assert not fused.can_fuse(body)
+    seen = []
+    torch.func.vmap(lambda x: seen.append(fused.can_fuse(body)) or x)(torch.zeros(2))
+    assert seen == [False]
+    handle = nn.modules.module.register_module_forward_hook(lambda *given: None)
+    assert not fused.can_fuse(body)
+    handle.remove()
+    relu = body.layer1[0].relu
+    relu.forward = relu.forward
+    assert not fused.can_fuse(body)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs torch's newer switches")
+def test_torchs_newer_switches_of_precision_are_heard():
+    body, images = make_body("resnet50"), torch.randn(2, 3, 128, 128)
+    switches = (torch.backends, torch.backends.mkldnn.conv, torch.backends.cudnn.conv)
+    for switch in switches:
+        before, switch.fp32_precision = switch.fp32_precision, "ieee"
+        try:
+            assert body(images)[-1].isfinite().all()
+            fused.memory_format(images)
+        finally:
+            switch.fp32_precision = before

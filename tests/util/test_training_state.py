@@ -10,7 +10,7 @@ from torch import nn
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import InputError
 from util.schedule import DropAfterEpochs, build_scheduler
-from util.training_state import TrainingState, append_log, find_resume, open_log
+from util.training_state import TrainingState, append_log, find_resume, lay_out_like_parameters, open_log
 
 
 def make_state(seed=0, lr_drop=2, parts=2):
@@ -136,6 +136,34 @@ def test_the_optimizer_steps_as_this_run_has_it(saved_fused):
         train_epoch(state)
     for name, value in saved.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("theirs, ours", [(torch.contiguous_format, torch.channels_last),
+                                          (torch.channels_last, torch.contiguous_format)])
+def test_moments_are_paired_with_their_weights_whatever_the_memory_layout(theirs, ours):
+    """A fused step goes through weight and moments in the order of memory."""
+    first, then = torch.randn(2, 4, 3, 3, 3)
+    saved = one_weight(theirs)
+    step(saved, first)
+    resumed = one_weight(ours)
+    with torch.no_grad():
+        resumed.param_groups[0]["params"][0].copy_(saved.param_groups[0]["params"][0])
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    lay_out_like_parameters(resumed)
+    torch.testing.assert_close(step(resumed, then), step(saved, then))
+
+
+def one_weight(layout):
+    weight = torch.nn.Parameter(torch.zeros(4, 3, 3, 3).contiguous(memory_format=layout))
+    return torch.optim.AdamW([weight], lr=0.1, fused=True)
+
+
+def step(optimizer, gradient):
+    """Take one step with this gradient; returns the weight."""
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.grad = torch.empty_like(weight).copy_(gradient)
+    optimizer.step()
+    return weight
 
 
 def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
