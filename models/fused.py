@@ -25,6 +25,7 @@ from models import winograd
 _KNOWN = (BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Identity)
 _enabled = True
 _inside = False  # `steps()`
+_counted = False  # `steps(counted=True)`
 
 
 def enable(on: bool) -> None:
@@ -34,14 +35,19 @@ def enable(on: bool) -> None:
 
 
 @contextlib.contextmanager
-def steps() -> Iterator[None]:
-    """Take fused steps within, equal up to rounding to separate ones; a context or a decorator."""
-    global _inside
-    before, _inside = _inside, True
+def steps(counted: bool = False) -> Iterator[None]:
+    """Take fused steps within, equal up to rounding to separate ones; a context or a decorator.
+
+    Args:
+        counted: also where a mode of torch sees every operator, to count what fused steps do; also in `steps()` within.
+    """
+    global _inside, _counted
+    before = _inside, _counted
+    _inside, _counted = True, _counted or counted
     try:
         yield
     finally:
-        _inside = before
+        _inside, _counted = before
 
 
 def forget() -> None:
@@ -86,7 +92,7 @@ def _watched() -> bool:
     """Say if torch compiles, traces or transforms what runs now, or if a mode or a hook sees every operator or module."""
     hooks = nn.modules.module
     return bool(torch.compiler.is_compiling() or torch.jit.is_tracing()
-                or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+                or not _counted and (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
                 or torch._C._functorch.peek_interpreter_stack() is not None
                 or hooks._global_forward_hooks or hooks._global_forward_pre_hooks
                 or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)

@@ -22,6 +22,7 @@ from datasets.patches import cut_patches
 from datasets.pretext import PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, RandomPatches, scale_boxes
 from datasets.transforms import normalize_image, resize_to, resized_size, sample_rng
 from engine import most_confident_boxes
+from models import fused
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes, font, text_colour, to_picture
 from tools.loading import PRETRAINED, Loaded, add_checkpoint_flags, load_model
 from tools.output import PICTURES, refuse_others, remember, require_ending, write_json_lines, writing
@@ -103,6 +104,7 @@ def to_whole_pixels(boxes: Tensor, image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@fused.steps()
 def find_patches(loaded: Loaded, image: Tensor, source: Tensor, boxes: Tensor) -> Tuple[Tensor, Tensor]:
     """Where the model finds the patches of an image that lie in boxes, cut from its file as in training.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from datasets.image_io import read_image
 from datasets.selective_search import GRID, selective_search
+from models import fused
 from models.deformable_detr import PostProcessFocal
 from models.detr import PostProcess
 from tools.loading import Loaded
@@ -14,6 +15,7 @@ from util.misc import NestedTensor
 
 
 @torch.no_grad()
+@fused.steps()
 def find_objects(loaded: Loaded, samples: NestedTensor, sizes: Tensor) -> List[Tuple[Tensor, Tensor]]:
     """What a detector finds, of any class, the box of each query once.
 

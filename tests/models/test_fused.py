@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 import torch.utils.flop_counter
 import torchvision
 from torch import nn
@@ -319,3 +320,12 @@ def test_torchs_newer_switches_of_precision_are_heard():
             fused.memory_format(images)
         finally:
             switch.fp32_precision = before
+
+
+def test_steps_that_are_counted_are_taken_under_modes():
+    body = make_body(train=False)
+    with fused.steps(counted=True), torch.utils._python_dispatch.TorchDispatchMode():
+        with fused.steps():
+            assert fused.can_fuse(body)
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert not fused.can_fuse(body)

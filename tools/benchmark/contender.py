@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, ContextManager, Dict, Iterable, Iterator, List
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,13 @@ class Model(Checkout):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
+    def as_in_evaluation(self) -> ContextManager[None]:
+        """The fused steps that evaluation takes, where the checkout has them by this name."""
+        if not is_this_repository() or not importlib.util.find_spec("models.fused"):
+            return contextlib.nullcontext()
+        steps = getattr(importlib.import_module("models.fused"), "steps", contextlib.nullcontext)
+        return steps()
+
     def on_device(self) -> Any:
         """The batch's inputs and targets, moved to the device."""
         *inputs, targets = self.batch
@@ -120,7 +127,7 @@ class Model(Checkout):
         self.model.eval()
         self.criterion.eval()
         inputs, targets = self.on_device()
-        with self.autocast():
+        with self.as_in_evaluation(), self.autocast():
             outputs = self.model(*inputs)
         loss = weighted_sum(self.criterion(outputs, targets), self.criterion.weight_dict)
         return {"loss": float(loss), **{name: outputs[name].float().cpu() for name in ("pred_logits", "pred_boxes")}}
@@ -176,7 +183,7 @@ class Inference(Model):
         inputs, targets = self.on_device()
         sizes = torch.stack([target["orig_size"] for target in targets])
         for _ in turns:
-            with self.autocast():
+            with self.as_in_evaluation(), self.autocast():
                 outputs = self.model(*inputs)
             self.postprocessors["bbox"](outputs, sizes)
 

@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterator
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from models import fused
 from tools.benchmark.contender import AMP_TYPES, Model
 from tools.benchmark.counting import Flops, HostReads, Stopwatch, cuda_events
 from tools.benchmark.machine import PeakMemory
@@ -58,7 +59,8 @@ def inside(contender: Model) -> Dict[str, Any]:
                 yield
             watch.step()  # ends the last one
 
-    contender.run(turns())
+    with fused.steps(counted=True):
+        contender.run(turns())
     result = {"flops": flops.total, "host_reads_per_step": sum(reads.reads.values()),
               "host_reads": dict(reads.reads), "operators_per_step": reads.operators, "peak_memory_mb": memory.mb,
               "memory_before_mb": memory.before_mb, "components_ms": median_parts(watch)}
