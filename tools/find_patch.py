@@ -9,9 +9,10 @@ list with one entry for each patch,
 with boxes in pixels of the image file (EXIF orientation ignored, as in training), left, top, width, height.
 """
 import argparse
+import contextlib
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from PIL import Image, ImageDraw
@@ -28,6 +29,7 @@ from tools.loading import PRETRAINED, Loaded, add_checkpoint_flags, load_model
 from tools.output import PICTURES, refuse_others, remember, require_ending, write_json_lines, writing
 from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
 from util.errors import InputError, run_program
+from util.misc import NestedTensor, nested_tensor_from_tensor_list
 from util.ranges import TOOL_RANGES, check_ranges
 
 # Of the figure, in pixels: least side of the square that a patch is drawn in, the frame around it, space, headline.
@@ -118,15 +120,27 @@ def find_patches(loaded: Loaded, image: Tensor, source: Tensor, boxes: Tensor) -
         xyxy boxes [n, 4] in 0..1 of the most confident query of each patch, and the confidences [n] in 0..1.
     """
     device = torch.device(loaded.args.device)
-    sample = normalize_image(image)[None].to(device)
+    sample = nested_tensor_from_tensor_list(normalize_image(image)[None].to(device))
     found: List[Tensor] = []
     confidences: List[Tensor] = []
-    for shown in boxes.split(loaded.args.num_patches):
-        patches = normalize_image(cut_patches(source, shown, loaded.args.patch_size))[None].to(device)
-        best, confidence = most_confident_boxes(loaded.model(sample, patches), len(shown))
-        found.append(box_cxcywh_to_xyxy(best[0]).cpu())
-        confidences.append(confidence[0].cpu())
+    with _same_maps(loaded.model.backbone, sample):
+        for shown in boxes.split(loaded.args.num_patches):
+            patches = normalize_image(cut_patches(source, shown, loaded.args.patch_size))[None].to(device)
+            best, confidence = most_confident_boxes(loaded.model(sample, patches), len(shown))
+            found.append(box_cxcywh_to_xyxy(best[0]).cpu())
+            confidences.append(confidence[0].cpu())
     return torch.cat(found), torch.cat(confidences)
+
+
+@contextlib.contextmanager
+def _same_maps(backbone: torch.nn.Module, sample: NestedTensor) -> Iterator[None]:
+    """Within, the backbone has the maps of one image at hand: they take most of the time, and all patches share them."""
+    maps = backbone(sample)
+    backbone.forward = lambda _: maps  # of this object alone; patches go through its first part
+    try:
+        yield
+    finally:
+        del backbone.forward
 
 
 def to_entries(boxes: Tensor, found: Tensor, confidences: Tensor) -> List[Dict[str, Any]]:
