@@ -24,6 +24,7 @@ from torch import Tensor
 from datasets.checks import is_count
 from datasets.selective_search import SETTINGS
 from util.errors import InputError
+from util.files import open_regular, read_json, shown
 
 __all__ = ["CachedProposals", "Entry", "ProposalCache"]
 
@@ -57,13 +58,10 @@ class ProposalCache:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
-        except FileNotFoundError as error:
-            raise InputError(f"--cache_path {folder} holds no proposals: it has no manifest.json (make them with "
-                             "python -m tools.cache_proposals)") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{self.folder / 'manifest.json'} can't be read ({error})") from error
+        if not os.path.lexists(self.folder / "manifest.json"):
+            raise InputError(f"--cache_path {shown(folder)} holds no proposals: it has no manifest.json (make them with "
+                             "python -m tools.cache_proposals)")
+        manifest = read_json(self.folder / "manifest.json", "manifest of the proposal cache")
         wanted = {"format": _FORMAT, "proposals": SETTINGS}
         if not isinstance(manifest, dict) or {name: manifest.get(name) for name in wanted} != wanted:
             raise InputError(f"--cache_path {folder} holds other proposals than these "
@@ -120,13 +118,14 @@ class ProposalCache:
             InputError: the file is damaged.
         """
         path = self._path(part)
+        if not os.path.lexists(path):
+            return {}
+        file = open_regular(path, "proposal cache")
         try:
-            with np.load(path, allow_pickle=False) as content:
+            with file, np.load(file, allow_pickle=False) as content:
                 names = content["names"].tobytes().split(b"\0")[:-1]
                 sizes, ends, boxes = content["file_sizes"].tolist(), content["ends"].tolist(), content["boxes"]
             _require_whole(len(names), sizes, ends, boxes)
-        except FileNotFoundError:
-            return {}
         except Exception as error:  # damaged bytes can make numpy and zipfile raise nearly anything
             raise InputError(f"{path} of the proposal cache is damaged ({error}): delete it, then run "
                              "python -m tools.cache_proposals again") from error

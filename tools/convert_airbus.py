@@ -14,6 +14,7 @@ the number of pixels. Images without ships have one line with nothing after the 
 """
 import argparse
 import csv
+import io
 import json
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ from datasets.checks import leaves_folder
 from datasets.image_io import UnreadableImage, open_picture
 from tools.output import refuse_others, remember, writing
 from util.errors import InputError, run_program
+from util.files import read_text, shown
 from util.ranges import TOOL_RANGES, check_ranges
 
 SHIP = {"id": 1, "name": "ship"}
@@ -51,21 +53,20 @@ def read_ships(path: str) -> Dict[str, List[List[int]]]:
         InputError: if the file is missing, isn't such a CSV, or has run lengths that aren't pairs of numbers.
     """
     ships: Dict[str, List[List[int]]] = {}
+    rows = csv.reader(io.StringIO(read_text(path, "--csv"), newline=""))
+    shown_path = shown(path)
     try:
-        with open(path, newline="") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            if header != COLUMNS:
-                raise InputError(f"--csv {path} doesn't begin with the line {','.join(COLUMNS)}")
-            for row in rows:
-                if row and leaves_folder(row[0]):
-                    raise InputError(f"--csv {path}, line {rows.line_num}: {row[0]!r} leads out of the image folder")
-                if row:
-                    ships.setdefault(row[0], []).extend(_run_lengths(row, f"--csv {path}, line {rows.line_num}"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--csv {path} can't be read ({error})") from error
+        if next(rows, []) != COLUMNS:
+            raise InputError(f"--csv {shown_path} doesn't begin with the line {','.join(COLUMNS)}")
+        for row in rows:
+            if row and leaves_folder(row[0]):
+                raise InputError(f"--csv {shown_path}, line {rows.line_num}: {row[0]!r} leads out of the image folder")
+            if row:
+                ships.setdefault(row[0], []).extend(_run_lengths(row, f"--csv {shown_path}, line {rows.line_num}"))
+    except csv.Error as error:
+        raise InputError(f"--csv {shown_path} can't be read ({error})") from error
     if not ships:
-        raise InputError(f"--csv {path} lists no images")
+        raise InputError(f"--csv {shown_path} lists no images")
     return ships
 
 
@@ -73,7 +74,7 @@ def _run_lengths(row: List[str], where: str) -> List[List[int]]:
     """The run lengths of a line: a list with one ship's, or an empty list."""
     words = row[1].split() if len(row) == 2 else None
     if words is None or len(words) % 2 or not all(word.isdecimal() for word in words):
-        raise InputError(f"{where}: the pixels of {row[0]} are not pairs of numbers")
+        raise InputError(f"{where}: the pixels of {row[0]!r} are not pairs of numbers")
     return [[int(word) for word in words]] if words else []
 
 

@@ -16,6 +16,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from tools.output import replace_json
 from util.errors import InputError, run_program
+from util.files import read_json
 from util.ranges import TOOL_RANGES, check_ranges, count
 
 # Small images of few and large objects: what a detector learns of them in minutes is more than noise.
@@ -55,6 +56,14 @@ class Figures(NamedTuple):
     loss: float
 
 
+def _read_phases(path: Path) -> Dict[str, Dict[str, Any]]:
+    phases = read_json(path, "the demo's record")
+    if isinstance(phases, dict) and all(isinstance(phase, dict) and {"commands", "seconds"} <= set(phase)
+                                        for phase in phases.values()):
+        return phases
+    raise InputError(f"{path} is damaged: choose another --output_dir, or delete that folder")
+
+
 class Demo:
     """The phases, their wall times and their results, in one folder."""
 
@@ -68,7 +77,7 @@ class Demo:
         if not self.phases_file.exists():
             replace_json(self.phases_file, {})
         # By the name of a phase that is finished: its "commands", and the "seconds" that they took side by side.
-        self.finished: Dict[str, Dict[str, Any]] = json.loads(self.phases_file.read_text())
+        self.finished: Dict[str, Dict[str, Any]] = _read_phases(self.phases_file)
         self.toy, self.backbone = self.path("toy"), self.path("backbone.pth")
         self.arms = [Arm("scratch", "scratch", ["--load_backbone", self.backbone]),
                      Arm("pretrained", "UP-DETR", ["--pretrain", self.path("pretrain/checkpoint.pth")])]

@@ -1,10 +1,12 @@
 """Files that the programs write: folders made, names checked, others' files left alone, mistakes told in one sentence."""
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence
 
 from util.errors import InputError
+from util.files import read_text
 
 PICTURES = (".png", ".jpg", ".webp")
 # Beside what the programs wrote: a line [name, size, time of change] for each time that they wrote a file.
@@ -49,12 +51,14 @@ def _version(path: Path) -> List[int]:
 
 
 def _read_ledger(path: Path) -> Dict[str, List[int]]:
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {name: version for name, *version in lines}
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except (OSError, ValueError, TypeError) as error:
+    try:
+        lines = [json.loads(line) for line in read_text(path, "list of written files").splitlines()]
+        return {name: version for name, *version in lines}
+    except InputError as error:
+        raise InputError(f"{error}: delete it, and the files beside it that may be replaced") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} can't be read ({error}): delete it, and the files beside it that may be replaced") from error
 
 

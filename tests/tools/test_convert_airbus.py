@@ -91,7 +91,7 @@ def test_training_reads_them(airbus):
     ("", "doesn't begin with the line ImageId,EncodedPixels"),
     ("a,b\n0001.jpg,1 2\n", "doesn't begin with the line"),
     ("ImageId,EncodedPixels\n", "lists no images"),
-    ("ImageId,EncodedPixels\n0001.jpg,1 2 3\n", "line 2: the pixels of 0001.jpg are not pairs of numbers"),
+    ("ImageId,EncodedPixels\n0001.jpg,1 2 3\n", "line 2: the pixels of '0001.jpg' are not pairs of numbers"),
     ("ImageId,EncodedPixels\n0001.jpg,1 x\n", "line 2: the pixels"),
     ("ImageId,EncodedPixels\n0001.jpg\n", "line 2: the pixels"),
     ("ImageId,EncodedPixels\n0001.jpg,190 5\n", "a ship of 0001.jpg has pixels .* outside its 16 x 12"),

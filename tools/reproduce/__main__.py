@@ -25,6 +25,7 @@ from tools.reproduce.results import Figures, collect, write_results
 from tools.reproduce.rows import CHOOSE, REPORT, ROWS, WORLD, Plan
 from tools.reproduce.running import ROOT, Runner
 from util.errors import InputError, run_program
+from util.files import read_json
 from util.parallel import available_cpus
 from util.ranges import TOOL_RANGES, check_ranges
 
@@ -94,9 +95,9 @@ def main(args: argparse.Namespace) -> None:
 def _read_results(folder: str) -> Dict[str, Any]:
     path = Path(folder) / RESULTS
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--tried {folder}: {path} can't be read ({error})") from error
+        return read_json(path, "results")
+    except InputError as error:
+        raise InputError(f"--tried {folder}: {error}") from error
 
 
 def _keep_settings(folder: Path, settings: Dict[str, Any]) -> None:
@@ -104,7 +105,9 @@ def _keep_settings(folder: Path, settings: Dict[str, Any]) -> None:
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path, "settings")
+        if not isinstance(known, dict):
+            raise InputError(f"{path} is damaged, it holds no settings: choose another --output_dir, or delete it")
         changed = [name for name, value in settings.items() if known.get(name) != value]
         if changed:
             raise InputError(f"--output_dir {folder} has results with another {', '.join(changed)}: choose another folder, or "

@@ -1,10 +1,10 @@
 """How large a reproduction is: its world, its model and how long everything trains."""
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
 from util.errors import InputError
+from util.files import read_json
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,11 @@ def load_preset(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     try:
-        with open(name, encoding="utf-8") as file:
-            found: Dict[str, Any] = json.load(file)
+        found: Dict[str, Any] = read_json(name, "--preset")
         base = PRESETS[found.pop("base", "small")]
         changes = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
         return dataclasses.replace(base, **changes)
-    except OSError as error:
-        raise InputError(f"--preset {name} is neither {' nor '.join(PRESETS)} nor a file that can be read "
-                         f"({error.strerror})") from error
+    except InputError as error:
+        raise InputError(f"{error}; presets of their own names are {' and '.join(PRESETS)}") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"--preset {name} is not a preset ({error})") from error

@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from tools.output import replace_json
 from tools.reproduce.rows import Cell
 from util.errors import InputError, Stopped
+from util.files import read_json
 from util.saving import LAST
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,9 +75,12 @@ def read_record(folder: Path) -> Dict[str, Any]:
     if not path.exists():
         return {"command": None, "seconds": 0.0, "finished": False}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): delete its folder to run that cell anew") from error
+        record = read_json(path, "record")
+        if not isinstance(record, dict) or not {"command", "seconds", "finished"} <= set(record):
+            raise InputError(f"record {path} lacks a command, its seconds or whether it is finished")
+        return record
+    except InputError as error:
+        raise InputError(f"{error}: delete its folder to run that cell anew") from error
 
 
 class Runner:
