@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
 from util.errors import InputError
-from util.files import read_json
+from util.files import read_json, shown
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def load_preset(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     try:
-        found: Dict[str, Any] = read_json(name, "--preset")
+        found: Dict[str, Any] = read_json(name)
         base = PRESETS[found.pop("base", "small")]
         changes = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
         return dataclasses.replace(base, **changes)
     except InputError as error:
-        raise InputError(f"{error}; presets of their own names are {' and '.join(PRESETS)}") from error
+        raise InputError(f"--preset {shown(name)} is not a preset, {' or '.join(PRESETS)}, nor the file of one ({error})") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"--preset {name} is not a preset ({error})") from error
