@@ -28,7 +28,7 @@ from util.files import open_regular, read_json, shown
 
 __all__ = ["CachedProposals", "Entry", "ProposalCache"]
 
-_FORMAT = 1  # raised whenever the files would be read wrongly by older code, or older files by this
+_FORMAT = 2  # raised whenever the files would be read wrongly by older code, or older files by this
 _IMAGES_PER_PART = 64
 _MIN_PARTS = 16  # so that several processes share even a small tree
 
@@ -39,11 +39,11 @@ class Entry:
 
     Attributes:
         file_size: bytes of the image file when its regions were proposed.
-        boxes: uint8 [n, 4], see `datasets.selective_search`; n is 0 if the file could not be read.
+        regions: uint8 [n, 6], see `datasets.selective_search.find_regions`; n is 0 if the file could not be read.
     """
 
     file_size: int
-    boxes: np.ndarray
+    regions: np.ndarray
 
 
 class ProposalCache:
@@ -65,7 +65,8 @@ class ProposalCache:
         wanted = {"format": _FORMAT, "proposals": SETTINGS}
         if not isinstance(manifest, dict) or {name: manifest.get(name) for name in wanted} != wanted:
             raise InputError(f"--cache_path {folder} holds other proposals than these "
-                             f"({_difference(manifest, wanted)}): give another folder, or delete this one")
+                             f"({_difference(manifest, wanted)}): give another folder, or delete this one, and "
+                             "make them with python -m tools.cache_proposals")
         self.num_parts = manifest.get("num_parts")
         if not is_count(self.num_parts) or not self.num_parts:
             raise InputError(f"{self.folder / 'manifest.json'} is damaged: its num_parts is {self.num_parts}, not a "
@@ -124,22 +125,22 @@ class ProposalCache:
         try:
             with file, np.load(file, allow_pickle=False) as content:
                 names = content["names"].tobytes().split(b"\0")[:-1]
-                sizes, ends, boxes = content["file_sizes"].tolist(), content["ends"].tolist(), content["boxes"]
-            _require_whole(len(names), sizes, ends, boxes)
+                sizes, ends, regions = content["file_sizes"].tolist(), content["ends"].tolist(), content["regions"]
+            _require_whole(len(names), sizes, ends, regions)
         except Exception as error:  # damaged bytes can make numpy and zipfile raise nearly anything
             raise InputError(f"{path} of the proposal cache is damaged ({error}): delete it, then run "
                              "python -m tools.cache_proposals again") from error
-        return {os.fsdecode(name): Entry(size, boxes[start:end])
+        return {os.fsdecode(name): Entry(size, regions[start:end])
                 for name, size, start, end in zip(names, sizes, [0, *ends], ends)}
 
     def write(self, part: int, entries: dict[str, Entry]) -> None:
         """Writes all entries of a part: readers find the old part or the new one, never half of it."""
         names = b"".join(os.fsencode(name) + b"\0" for name in entries)
-        counts = [len(entry.boxes) for entry in entries.values()]
+        counts = [len(entry.regions) for entry in entries.values()]
         content = io.BytesIO()
         np.savez(content, names=np.frombuffer(names, dtype=np.uint8), ends=np.cumsum(counts, dtype=np.int64),
                  file_sizes=np.array([entry.file_size for entry in entries.values()], dtype=np.int64),
-                 boxes=np.concatenate([entry.boxes for entry in entries.values()]).astype(np.uint8))
+                 regions=np.concatenate([entry.regions for entry in entries.values()]).astype(np.uint8))
         _replace(self._path(part), content.getvalue())
 
     def _path(self, part: int) -> Path:
@@ -153,35 +154,33 @@ class CachedProposals:
         folder: the cache's folder.
         root: top folder of the images.
         files: their paths relative to it.
-        limit: keep only so many proposals of an image, the best; None for all.
 
     Raises:
         InputError: there is no cache, it is one of other proposals, or some of the images are not in it.
     """
 
-    def __init__(self, folder: str | os.PathLike, root: str | os.PathLike, files: Sequence[str],
-                 limit: int | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike, root: str | os.PathLike, files: Sequence[str]) -> None:
         self.folder = folder
         cache = ProposalCache(folder)
-        boxes = [np.zeros((0, 4), dtype=np.uint8)] * len(files)
+        regions = [np.zeros((0, 6), dtype=np.uint8)] * len(files)
         self._file_sizes = np.full(len(files), -1, dtype=np.int64)
         for part, positions in cache.parts_of(files).items():
             entries = cache.read(part)
             for position in positions:
                 entry = entries.get(files[position])
                 if entry is not None:
-                    boxes[position] = entry.boxes[:limit].copy()  # not a view, which would keep the whole part
+                    regions[position] = entry.regions.copy()  # not a view, which would keep the whole part
                     self._file_sizes[position] = entry.file_size
         missing = np.flatnonzero(self._file_sizes < 0)
         if len(missing):
             raise InputError(f"--cache_path {folder} lacks {len(missing)} of the {len(files)} images of {root}, the "
                              f"first is {files[missing[0]]}: run python -m tools.cache_proposals --imagenet_path "
                              f"{root} --cache_path {folder}")
-        self._ends = np.cumsum([0, *map(len, boxes)])
-        self._boxes = np.concatenate(boxes)
+        self._ends = np.cumsum([0, *map(len, regions)])
+        self._regions = np.concatenate(regions)
 
     def __call__(self, index: int, path: Path, image: Tensor) -> np.ndarray:
-        """Returns the proposals of an image, uint8 [n, 4].
+        """Returns the regions of an image, uint8 [n, 6], see `datasets.selective_search.find_regions`.
 
         Args:
             index: its position in `files`.
@@ -194,13 +193,13 @@ class CachedProposals:
         if path.stat().st_size != self._file_sizes[index]:
             raise InputError(f"--cache_path {self.folder} is stale: {path} has changed since its regions were "
                              "proposed; run python -m tools.cache_proposals again")
-        return self._boxes[self._ends[index]:self._ends[index + 1]]
+        return self._regions[self._ends[index]:self._ends[index + 1]]
 
 
-def _require_whole(count: int, sizes: list, ends: list, boxes: np.ndarray) -> None:
+def _require_whole(count: int, sizes: list, ends: list, regions: np.ndarray) -> None:
     """Raises ValueError if the arrays of a part of so many entries don't go together."""
-    is_whole = len(sizes) == len(ends) == count and [0, *ends] == sorted([0, *ends]) and len(boxes) == max([0, *ends])
-    if not is_whole or boxes.dtype != np.uint8 or boxes.shape[1:] != (4,):
+    is_whole = len(sizes) == len(ends) == count and [0, *ends] == sorted([0, *ends]) and len(regions) == max([0, *ends])
+    if not is_whole or regions.dtype != np.uint8 or regions.shape[1:] != (6,):
         raise ValueError("its arrays don't go together")
 
 

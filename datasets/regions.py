@@ -19,7 +19,7 @@ from datasets.coco import CROP_RESIZES, CROP_SIZES, training_augmentation
 from datasets.pretext import (PRETRAIN_MAX_SIZE, PRETRAIN_SIZES, PretextDataset, View, check_sizes, choose_files,
                               open_image)
 from datasets.proposal_cache import CachedProposals
-from datasets.selective_search import GRID, require_opencv, selective_search
+from datasets.selective_search import GRID, draw_order, find_regions, require_opencv
 from util.distributed import print_main
 from util.errors import InputError
 
@@ -61,8 +61,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> Pre
     else:
         transform = T.RandomResize([max(sizes)], max_size)
     if args.cache_path:
-        limit = max(args.max_prop, _MIN_REGIONS) if args.strategy == "topk" else None
-        source: Callable = CachedProposals(args.cache_path, root, files, limit)
+        source: Callable = CachedProposals(args.cache_path, root, files)
     else:
         require_opencv()
         print_main(f"regions of {root} are proposed anew in every epoch; to do it once, run python -m "
@@ -102,12 +101,13 @@ def choose_regions(strategy: str, count: int, wanted: int, rng: np.random.Genera
 class RegionPretext:
     """Images augmented as for detection, and proposed regions in them, whose contents the model is to predict.
 
-    Regions are chosen among an image's proposals first; the augmentation then clips those that it cuts, and drops those
+    The order of an image's proposals is drawn anew at each visit, as by the published program, whose selective search
+    runs each time. Regions are chosen among them first; the augmentation then clips those that it cuts, and drops those
     that it cuts away, so that a training sample may have none. What is in a region is shown whole and unmirrored.
 
     Args:
-        source: called with an image's index, file and bytes, uint8 [3, H, W]; returns its proposals, uint8 [n, 4], x0,
-            y0, x1, y1 on a grid of `GRID` × `GRID` over the image, best first.
+        source: called with an image's index, file and bytes, uint8 [3, H, W]; returns its regions, uint8 [n, 6], see
+            `datasets.selective_search.find_regions`.
         strategy: one of `STRATEGIES`.
         max_prop: most regions in an image.
         transform: what is done to image and boxes, `(image, target, rng)`.
@@ -134,7 +134,7 @@ class RegionPretext:
         image = open_image(path)
         if image is None:
             return None
-        proposals = self.source(index, path, image)
+        proposals = draw_order(self.source(index, path, image), rng)
         if len(proposals) < _MIN_REGIONS:
             return None
         chosen = proposals[choose_regions(self.strategy, len(proposals), self.max_prop, rng)]
@@ -146,4 +146,4 @@ class RegionPretext:
 
 
 def _propose_on_the_spot(index: int, path: Path, image: Tensor) -> np.ndarray:
-    return selective_search(image)
+    return find_regions(image)

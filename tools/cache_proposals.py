@@ -22,7 +22,7 @@ import torch
 from datasets.image_io import UnreadableImage
 from datasets.pretext import keep_classes, list_images
 from datasets.proposal_cache import Entry, ProposalCache
-from datasets.selective_search import propose_regions, require_opencv
+from datasets.selective_search import count_boxes, propose_regions, require_opencv
 from util.errors import InputError, run_program
 from util.parallel import available_cpus, imap_in_processes
 from util.ranges import TOOL_RANGES, check_ranges
@@ -68,9 +68,9 @@ def fill_part(job: Tuple[str, str, int, Sequence[str]]) -> Part:
             done.num_new += entry is not entries.get(path)
         except UnreadableImage as error:
             done.unreadable.append(str(error))
-            entry = Entry(_file_size(Path(root, path)), np.zeros((0, 4), dtype=np.uint8))
+            entry = Entry(_file_size(Path(root, path)), np.zeros((0, 6), dtype=np.uint8))
         entries[path] = entry
-        done.num_regions += len(entry.boxes)
+        done.num_regions += count_boxes(entry.regions)
     if done.num_new or done.unreadable:
         cache.write(number, entries)
     return done
@@ -79,7 +79,7 @@ def fill_part(job: Tuple[str, str, int, Sequence[str]]) -> Part:
 def _propose(path: Path, known: "Entry | None") -> Entry:
     """The entry of an image: the known one if it holds regions of the file as it is."""
     size = _file_size(path)
-    if known is not None and len(known.boxes) and known.file_size == size:
+    if known is not None and len(known.regions) and known.file_size == size:
         return known
     return Entry(size, propose_regions(path))
 

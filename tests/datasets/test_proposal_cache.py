@@ -63,11 +63,11 @@ def test_images_of_one_name_have_entries_of_their_own(folder, tmp_path, fill):
     entries = all_entries(tmp_path / "cache")
     assert sorted(entries) == FILES
     for name in FILES:
-        assert np.array_equal(entries[name].boxes, propose_regions(folder / name))
-    assert not np.array_equal(entries["n0/a.png"].boxes, entries["n1/a.png"].boxes)
-    cached = CachedProposals(tmp_path / "cache", folder, ["n1/a.png", "n0/a.png"], limit=2)
-    assert np.array_equal(cached(0, folder / "n1/a.png", None), entries["n1/a.png"].boxes[:2])
-    assert np.array_equal(cached(1, folder / "n0/a.png", None), entries["n0/a.png"].boxes[:2])
+        assert np.array_equal(entries[name].regions, propose_regions(folder / name))
+    assert not np.array_equal(entries["n0/a.png"].regions, entries["n1/a.png"].regions)
+    cached = CachedProposals(tmp_path / "cache", folder, ["n1/a.png", "n0/a.png"])
+    assert np.array_equal(cached(0, folder / "n1/a.png", None), entries["n1/a.png"].regions)
+    assert np.array_equal(cached(1, folder / "n0/a.png", None), entries["n0/a.png"].regions)
 
 
 def test_the_tree_may_move(folder, tmp_path, fill):
@@ -79,20 +79,20 @@ def test_the_tree_may_move(folder, tmp_path, fill):
 def test_paths_of_any_kind_and_empty_parts(tmp_path):
     cache = ProposalCache.create(tmp_path / "cache", 5000)
     assert cache.num_parts == 79 and cache.read(7) == {}
-    entries = {"ä/ 1\n2.jpg": Entry(5, np.array([[0, 0, 128, 128]], dtype=np.uint8)),
-               "x.jpg": Entry(2**40, np.zeros((0, 4), dtype=np.uint8))}
+    entries = {"ä/ 1\n2.jpg": Entry(5, np.array([[0, 0, 128, 128, 1, 12]], dtype=np.uint8)),
+               "x.jpg": Entry(2**40, np.zeros((0, 6), dtype=np.uint8))}
     cache.write(7, entries)
     again = cache.read(7)
     assert list(again) == list(entries)
     for name, entry in entries.items():
-        assert again[name].file_size == entry.file_size and np.array_equal(again[name].boxes, entry.boxes)
+        assert again[name].file_size == entry.file_size and np.array_equal(again[name].regions, entry.regions)
     positions = cache.parts_of(["b", "a", "b"])
     assert sum(map(len, positions.values())) == 3 and any({0, 2} <= set(mine) for mine in positions.values())
 
 
 def test_a_changed_image_is_refused_and_then_done_again(folder, tmp_path, fill):
     fill()
-    before = all_entries(tmp_path / "cache")["n0/b.png"].boxes
+    before = all_entries(tmp_path / "cache")["n0/b.png"].regions
     write_scene(folder / "n0/b.png", size=(80, 80), seed=9)
     args = arguments(folder, cache_path=str(tmp_path / "cache"))
     dataset = build_dataset("train", args)
@@ -100,7 +100,7 @@ def test_a_changed_image_is_refused_and_then_done_again(folder, tmp_path, fill):
     with pytest.raises(InputError, match="is stale: .*n0/b.png has changed since its regions were proposed; run"):
         dataset[1]
     assert "4 images; 1 were new" in fill()
-    assert not np.array_equal(all_entries(tmp_path / "cache")["n0/b.png"].boxes, before)
+    assert not np.array_equal(all_entries(tmp_path / "cache")["n0/b.png"].regions, before)
     build_dataset("train", args)[1]
 
 
@@ -119,7 +119,8 @@ def test_images_that_the_cache_lacks_are_named_before_training(folder, tmp_path,
 @pytest.mark.parametrize("change, words", [
     (lambda manifest: manifest["proposals"].update(grid=256), "grid 256 instead of 128"),
     (lambda manifest: manifest["proposals"].update(mode="quality"), "mode quality instead of fast"),
-    (lambda manifest: manifest.update(format=0), "format 0 instead of 1"),
+    (lambda manifest: (manifest.update(format=1), manifest["proposals"].update(order_seed=1)),
+     "format 1 instead of 2, order_seed 1 instead of None"),
     (lambda manifest: manifest.pop("proposals"), "method None instead of selective search")])
 def test_a_cache_of_other_proposals_is_refused(folder, tmp_path, fill, change, words):
     fill()

@@ -1,4 +1,5 @@
 """The laws of the region pretext: which regions are proposed and chosen, and that boxes and crops show the same."""
+import ctypes
 import sys
 import types
 
@@ -15,7 +16,7 @@ from datasets.coco import training_augmentation
 from datasets.patches import PatchAugmentation
 from datasets.pretext import PretextDataset
 from datasets.regions import RegionPretext, choose_regions
-from datasets.selective_search import propose_regions, require_opencv, selective_search
+from datasets.selective_search import _group_all, draw_order, find_regions, require_opencv, selective_search
 from region_scenes import arguments, write_scene
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import InputError
@@ -49,13 +50,68 @@ def test_an_object_is_among_the_proposals():
 
 
 def test_an_image_without_structure_is_one_region():
-    assert selective_search(torch.full((3, 50, 70), 99, dtype=torch.uint8)).tolist() == [[0, 0, 128, 128]]
+    image = torch.full((3, 50, 70), 99, dtype=torch.uint8)
+    assert selective_search(image).tolist() == [[0, 0, 128, 128]]
+    assert find_regions(image).tolist() == [[0, 0, 128, 128, 1, 12]]   # in each of the twelve hierarchies
 
 
-def test_proposals_come_in_the_same_order_every_time(folder):
-    first = propose_regions(folder / "n0/0.png")
-    propose_regions(folder / "n1/1.png")
-    assert len(first) > 3 and np.array_equal(propose_regions(folder / "n0/0.png"), first)
+def smooth_noise(seed, size=(90, 120)):
+    """Colours that change smoothly: for selective search, many regions of many levels."""
+    coarse = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (1, 3, 9, 9), dtype=np.uint8)).float()
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 255).byte()[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_regions_levels_and_order_are_opencvs(seed):
+    """OpenCV takes the ranks of its regions from the C library: given the same numbers, both put them in one order."""
+    library = ctypes.CDLL(None)
+    image = smooth_noise(seed)
+    search = require_opencv().ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(F.resize(image, [128, 128], antialias=True).flip(0).permute(1, 2, 0).contiguous().numpy())
+    search.switchToSelectiveSearchFast()
+    library.srand(seed + 1)
+    expected = search.process()
+    expected[:, 2:] += expected[:, :2]
+
+    regions = _group_all(image)
+    library.srand(seed + 1)
+    ranks = [library.rand() / (2**31 - 1) * level for *_, level in regions]
+    boxes = list(dict.fromkeys(tuple(box) for _, (*box, _) in sorted(zip(ranks, regions), key=lambda pair: pair[0])))
+    assert len(regions) > 200 and boxes == list(map(tuple, expected.tolist()))
+
+
+def test_an_order_is_drawn_by_levels():
+    """Of two regions of levels 1 and 4, the first comes first with probability 7/8; one that is there three times is
+    as often first as three of its kind."""
+    rng = np.random.default_rng(0)
+
+    def share_of_first(*regions):
+        regions = np.array(regions, dtype=np.uint8)
+        return np.mean([draw_order(regions, rng)[0].tolist() == [0, 0, 1, 1] for _ in range(4000)])
+
+    one = [0, 0, 1, 1, 1, 1]
+    assert share_of_first(one, [0, 0, 2, 2, 4, 1]) == pytest.approx(7 / 8, abs=0.02)
+    assert share_of_first([0, 0, 1, 1, 1, 3], [0, 0, 2, 2, 1, 1]) == pytest.approx(3 / 4, abs=0.02)
+    assert share_of_first(one, [0, 0, 1, 1, 4, 1]) == 1 and len(draw_order(np.array([one, one]).astype("u1"), rng)) == 1
+    assert draw_order(np.zeros((0, 6), dtype=np.uint8), rng).shape == (0, 4)
+
+
+def test_each_visit_draws_its_own_regions_and_a_resumed_run_the_same(tmp_path):
+    Image.fromarray(smooth_noise(3).permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+
+    def visits(epochs):
+        dataset = build_dataset("train", arguments(tmp_path, max_prop=30))
+        dataset.pretext.transform = T.RandomResize([64], 96)
+        found = []
+        for epoch in epochs:
+            dataset.set_epoch(epoch)
+            found.append(set(map(tuple, dataset[0][1]["boxes"].tolist())))
+        return found
+
+    first, second, third = visits(range(3))
+    assert len(first) == len(second) == 30
+    assert 0 < len(first & second) < 25 and first != third
+    assert visits([2]) == [third]
 
 
 def test_what_is_missing_of_opencv_is_said(monkeypatch):
@@ -107,10 +163,11 @@ class Given:
     """A source of regions that a test chooses, for every image alike."""
 
     def __init__(self, *boxes):
-        self.boxes = np.array(boxes, dtype=np.uint8).reshape(-1, 4)
+        # All of level 0: the first of them comes first.
+        self.regions = np.array([(*box, 0, 1) for box in boxes], dtype=np.uint8).reshape(-1, 6)
 
     def __call__(self, index, path, image):
-        return self.boxes
+        return self.regions
 
 
 def dataset_of(root, files, source, transform, training=True, patch_size=16, augmented=False):

@@ -17,7 +17,7 @@ from util.errors import InputError
 
 def entries_of(cache_path):
     cache = ProposalCache(cache_path)
-    return {name: entry.boxes for part in range(cache.num_parts) for name, entry in cache.read(part).items()}
+    return {name: entry.regions for part in range(cache.num_parts) for name, entry in cache.read(part).items()}
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_the_best_boxes_come_first(detector: Path, tmp_path: Path) -> None:
     loaded = load_model(str(detector), DETECTOR, "cpu")
     image, proposed, found = best_boxes(str(scene(tmp_path / "scene.png")), loaded, 4)
     assert image.shape == (3, 100, 200) and proposed.shape[1] == 4 and len(proposed) <= 4 and found.shape == (4, 4)
-    assert (proposed - torch.tensor([50, 25, 150, 75])).abs().max(1).values.min() <= 2
+    assert (proposed - torch.tensor([50, 25, 150, 75])).abs().max(1).values.min() <= 5
     boxes, scores = find_objects(loaded, torch.rand(2, 3, 64, 80), torch.tensor([[64, 80], [128, 160]]))[1]
     assert (scores.diff() <= 0).all() and len(boxes) == loaded.args.num_queries
 
