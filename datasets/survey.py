@@ -44,7 +44,7 @@ class Survey:
         checks: one for each image, whose `run()` decodes it and returns further problems.
         objects: number of objects that are targets, by image; None for images without labels.
         classes: number of such objects by class name.
-        crowds: number of crowds.
+        crowds: number of crowds that are no targets.
         num_classes: number of classes of the model.
         content: the JSON, None if there is none.
     """
@@ -177,9 +177,10 @@ def _count_objects(found: Survey, content: dict, images: dict[int, tuple[int, di
     names = coco.class_names(content)
     counts: Counter = Counter()
     found.objects = []
+    with_crowds = args.dataset_file == "coco_panoptic" and not args.eval  # a panoptic training learns crowds too
     for image_id, (position, entry) in images.items():
         mine = objects.get(image_id, [])
-        targets = [item for item in mine if not item.get("iscrowd")]
+        targets = [item for item in mine if with_crowds or not item.get("iscrowd")]
         found.crowds += len(mine) - len(targets)
         counts.update(names[item["category_id"]] for item in targets)
         found.objects.append(len(targets))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from datasets.checks import ground_truth_problems, raise_first
 from datasets.coco import class_names, make_coco_transforms, read_ground_truth
-from datasets.image_io import UnreadableImage, read_image
+from datasets.image_io import UnreadableImage, decode, warn_once
 from datasets.pretext import list_images
 from models import build_postprocess, fused
 from models.segmentation import PostProcessPanoptic, PostProcessSegm
@@ -38,6 +38,7 @@ from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
 from tools.output import refuse_others, remember, write_json_lines, writing
 from tools.views import ObjectView, PanopticView, Style, draw_entries, name_of, save_picture
 from util.errors import InputError, run_program
+from util.files import shown
 from util.misc import nested_tensor_from_tensor_list
 from util.ranges import TOOL_RANGES, check_ranges
 
@@ -142,16 +143,22 @@ def names_of_classes(loaded: Loaded, annotation_file: Optional[str]) -> Dict[int
     return dict(enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
 
 
-def read_batches(sources: Sequence[Source], batch_size: int, failed: List[Path],
+def read_batches(sources: Sequence[Source], batch_size: int, failed: List[Path], turned: List[Path],
                  apply_exif: bool = False) -> Iterator[List[Tuple[Source, Tensor]]]:
-    """Batches of images, uint8 [3, H, W]; one that can't be read is reported, noted in `failed` and passed over."""
+    """Batches of images, uint8 [3, H, W]; one that can't be read is reported, noted in `failed` and passed over. One that
+    has an EXIF orientation which isn't applied is noted in `turned`."""
     batch = []
     for source in sources:
         try:
-            batch.append((source, read_image(source.path, apply_exif=apply_exif)[0]))
+            decoded = decode(source.path, apply_exif=apply_exif)
+            batch.append((source, decoded.image))
         except UnreadableImage as error:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             failed.append(source.path)
+        else:
+            turned += [source.path] * (decoded.orientation != 1)
+            if decoded.doubt:
+                warn_once("image_range", f"image file {shown(source.path)} {decoded.doubt}")
         if len(batch) == batch_size:
             yield batch
             batch = []
@@ -294,7 +301,8 @@ def main(args: argparse.Namespace) -> None:
     refuse_others("--output_dir", [json_path, *itertools.chain(*files.values())])
     entries: List[Dict[str, Any]] = []
     failed: List[Path] = []
-    for batch in read_batches(sources, args.batch_size, failed, bool(loaded.args.apply_exif)):
+    turned: List[Path] = []
+    for batch in read_batches(sources, args.batch_size, failed, turned, bool(loaded.args.apply_exif)):
         results = detector([image for _, image in batch])
         for (source, image), found, best in zip(batch, results, detector.best):
             with writing("--output_dir", args.output_dir):
@@ -313,6 +321,10 @@ def main(args: argparse.Namespace) -> None:
         remember([json_path])
     print(f"{sum(view.counts(entries).values())} {view.counted} in {len(sources) - len(failed)} images: {json_path}, "
           "pictures beside it")
+    if turned:
+        print(f"warning: {len(turned)} of {len(sources)} images have an EXIF orientation that is not applied, as "
+              f"{shown(turned[0])}: they are looked at, and boxes count, as the pixels are stored (--apply_exif turns them)",
+              file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(sources)} images could not be read", file=sys.stderr)
         sys.exit(1)

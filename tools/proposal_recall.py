@@ -9,6 +9,7 @@ k best boxes, each object by a box of its own, averaged over the IoU thresholds 
 useCats = 0). Crowds and VOC's difficult objects don't count. R50 is the share at the threshold 0.5 alone.
 """
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -58,6 +59,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_size", type=int, help="short side that images are resized to for the model (as in its "
                         "training's evaluation)")
     parser.add_argument("--max_size", type=int, help="largest long side (likewise)")
+    parser.add_argument("--apply_exif", action="store_true", default=None,
+                        help="turn images as their EXIF orientation says (as in the model's training)")
     parser.add_argument("--batch_size", type=int, help="images at a time (1)")
     parser.add_argument("--num_workers", type=int, help="loading processes (2); of selective search one per CPU")
     parser.add_argument("--output", help="JSON file to write the figures to")
@@ -75,6 +78,7 @@ def build_images(args: argparse.Namespace, loaded: Optional[Loaded]) -> Tuple[De
         setattr(flags, name, getattr(args, name))
     if loaded:
         flags.val_size, flags.max_size = loaded.args.val_size, loaded.args.max_size
+    flags.apply_exif = loaded.args.apply_exif if loaded else args.apply_exif
     flags.eval = True
     recipes.require_data(recipes.resolve(flags))
     return build_dataset("val", flags), flags
@@ -93,15 +97,16 @@ def boxes_of_search(dataset: DetectionDataset, num_workers: Optional[int]) -> It
     """Selective search's proposals for all images, scored by their order."""
     paths = [str(dataset.img_folder / dataset.coco.imgs[image_id]["file_name"]) for image_id in dataset.ids]
     try:
-        for image_id, boxes in zip(dataset.ids, imap_in_processes(_search, paths, num_workers, chunksize=4)):
+        search = functools.partial(_search, apply_exif=dataset.apply_exif)
+        for image_id, boxes in zip(dataset.ids, imap_in_processes(search, paths, num_workers, chunksize=4)):
             yield image_id, torch.from_numpy(boxes), torch.linspace(1, 0, len(boxes) + 1)[:-1]
     except UnreadableImage as error:
         raise InputError(str(error)) from error
 
 
-def _search(path: str) -> np.ndarray:
+def _search(path: str, apply_exif: bool) -> np.ndarray:
     torch.set_num_threads(1)  # there is a process for each CPU
-    return search_regions(path)
+    return search_regions(path, apply_exif)
 
 
 def average_recall(ground_truth: COCO, found: Iterable[Found]) -> Dict[str, Any]:
@@ -173,7 +178,7 @@ def main(args: argparse.Namespace) -> None:
         require_opencv()
     else:
         loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
-                            val_size=args.val_size, max_size=args.max_size)
+                            val_size=args.val_size, max_size=args.max_size, apply_exif=args.apply_exif)
     dataset, flags = build_images(args, loaded)
     found = boxes_of_model(loaded, training.build_val_loader(dataset, flags)) if loaded else \
         boxes_of_search(dataset, args.num_workers)

@@ -55,11 +55,15 @@ def without_classes(outputs: Dict[str, Tensor], sigmoid: bool) -> Dict[str, Tens
     return {"pred_logits": logits, "pred_boxes": outputs["pred_boxes"]}
 
 
-def search_regions(path: str) -> np.ndarray:
+def search_regions(path: str, apply_exif: bool = False) -> np.ndarray:
     """Selective search's proposals in an image file, the best first: xyxy boxes float64 [n, 4] in its pixels.
+
+    Args:
+        path: the file.
+        apply_exif: turn the image as its EXIF orientation says.
 
     Raises:
         UnreadableImage: if it can't be read.
     """
-    image, (height, width) = read_image(path)
+    image, (height, width) = read_image(path, apply_exif=apply_exif)
     return selective_search(image) * np.array([width, height, width, height]) / GRID

@@ -67,6 +67,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_size", type=int,
                         help="short side that images are resized to (as in the training's evaluation)")
     parser.add_argument("--max_size", type=int, help="largest long side (likewise)")
+    parser.add_argument("--apply_exif", action="store_true", default=None,
+                        help="turn images as their EXIF orientation says (as in the training)")
     return parser
 
 
@@ -186,13 +188,13 @@ def main(args: argparse.Namespace) -> None:
     check_ranges(args, TOOL_RANGES)
     require_ending(args.output, PICTURES, "--output")
     refuse_others("--output", [Path(args.output)])
+    loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
+                        val_size=args.val_size, max_size=args.max_size, apply_exif=args.apply_exif)
     try:
-        image, (height, width) = read_image(args.image)
+        image, (height, width) = read_image(args.image, apply_exif=bool(loaded.args.apply_exif))
     except UnreadableImage as error:
         raise InputError(str(error)) from error
     points = [parse_point(text, width, height) for text in args.point]
-    loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
-                        val_size=args.val_size, max_size=args.max_size)
     if loaded.args.model != "detr":
         raise InputError(f"--checkpoint {args.checkpoint} holds a {MODELS[loaded.args.model]}; "
                          "this program shows DETR's attention, which looks at every place")

@@ -38,6 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_size", type=int,
                         help="short side that images are resized to for the model (as in its training's evaluation)")
     parser.add_argument("--max_size", type=int, help="largest long side (likewise)")
+    parser.add_argument("--apply_exif", action="store_true", default=None,
+                        help="turn images as their EXIF orientation says (as in the training)")
     return parser
 
 
@@ -52,8 +54,9 @@ def best_boxes(path: str, loaded: Loaded, count: int) -> Tuple[Tensor, Tensor, T
         InputError: if the file can't be read.
     """
     try:
-        image = read_image(path)[0]
-        proposed = torch.from_numpy(search_regions(path))
+        apply_exif = bool(loaded.args.apply_exif)
+        image = read_image(path, apply_exif=apply_exif)[0]
+        proposed = torch.from_numpy(search_regions(path, apply_exif))
     except UnreadableImage as error:
         raise InputError(str(error)) from error
     transforms = make_coco_transforms("val", val_size=loaded.args.val_size, max_size=loaded.args.max_size)
@@ -93,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     refuse_others("--output", [Path(args.output)])
     require_opencv()
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
-                        val_size=args.val_size, max_size=args.max_size)
+                        val_size=args.val_size, max_size=args.max_size, apply_exif=args.apply_exif)
     rows = []
     for path in args.images:
         image, proposed, found = best_boxes(path, loaded, args.num_boxes)

@@ -11,7 +11,8 @@ from util.errors import InputError
 
 
 class DetrDatasetMapper:
-    """Reads an image, and in training its annotations, and transforms both as DETR does (`d2.samples`).
+    """Reads an image, and in training its annotations, and transforms both as DETR does (`d2.samples`). Images are turned
+    as their EXIF orientation says, as Detectron2's own mapper does (main.py: with --apply_exif alone).
 
     Args:
         cfg: `INPUT` and `MODEL.MASK_ON` are read.
@@ -53,7 +54,7 @@ class DetrDatasetMapper:
     def _read(self, dataset_dict: Dict[str, Any]) -> Tensor:
         path = dataset_dict["file_name"]
         try:
-            image, (height, width) = read_image(path)
+            image, (height, width) = read_image(path, apply_exif=True)
         except UnreadableImage as error:
             raise InputError(str(error)) from error
         annotated = dataset_dict.setdefault("height", height), dataset_dict.setdefault("width", width)

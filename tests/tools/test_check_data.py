@@ -366,6 +366,17 @@ def test_wrong_segments_are_listed(world, case):
     assert len(problems) == (2 if case == "one id twice" else 1), problems
 
 
+def test_panoptic_crowds_are_learnt_and_not_evaluated(world):
+    """A set of crowds alone is one to train on, and nothing to evaluate on."""
+    content = panoptic()
+    for annotation in content["annotations"]:
+        for segment in annotation["segments_info"]:
+            segment["iscrowd"] = 1
+    world.write(content, what="panoptic")
+    problems, lines = check_panoptic(world, status=0)
+    assert not problems and lines[1].startswith("train: 6 objects and 0 crowds; 3 to 3 objects in an image")
+
+
 def test_panoptic_pictures_and_annotations(world):
     _, lines = check_panoptic(world, status=0)
     assert lines[1].startswith("train: 6 objects and 0 crowds; 3 to 3 objects in an image")

@@ -195,3 +195,18 @@ def test_true_objects_beside_what_is_found(detector: Path, photos: Path, tmp_pat
 
     # A frame of 240 x 320 pixels, eight to one of the image, has 9 * 2 * (240 + 320) - 4 * 81 pixels.
     assert coloured(wide) - coloured(thin) == pytest.approx(9 * 1120 - 4 * 81 - 1120, rel=0.25)
+
+
+def test_images_with_an_orientation_that_is_not_applied_are_counted(detector: Path, photos: Path, tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its top is at the right
+    for name in ("one", "two"):
+        Image.new("RGB", (60, 40), "red").save(photos / f"{name}.jpg", exif=exif)
+    words = ["--checkpoint", detector, photos, "--output_dir", tmp_path / "out", "--device", "cpu", "--threshold", 1]
+    for more, count in (((), 1), (("--apply_exif",), 0)):
+        predict.main(predict.get_args_parser().parse_args([*map(str, words), *more]))
+        err = capsys.readouterr().err
+        assert err.count("\n") == count
+        if count:
+            assert err.startswith(f"warning: 2 of 4 images have an EXIF orientation that is not applied, as {photos}/one.jpg")

@@ -95,6 +95,7 @@ def load_preset(name: str) -> Preset:
         changes = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
         return dataclasses.replace(base, **changes)
     except InputError as error:
-        raise InputError(f"--preset {shown(name)} is not a preset, {' or '.join(PRESETS)}, nor the file of one ({error})") from error
+        raise InputError(f"--preset {shown(name)} is not a preset, {' or '.join(PRESETS)}, nor the file of one "
+                         f"({error})") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"--preset {name} is not a preset ({error})") from error
