@@ -14,6 +14,7 @@ import torch
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import to_pil_image
 
 from datasets import transforms as T
 from datasets.checks import (Problem, class_names, draw_segmentation, encode_segmentation, ground_truth_problems,
@@ -21,6 +22,7 @@ from datasets.checks import (Problem, class_names, draw_segmentation, encode_seg
 from datasets.image_io import UnreadableImage, read_sizes, warn_once
 from datasets.packed import checksum, pack_records
 from datasets.subsets import restriction
+from datasets.two_arguments import adapt, wants_pillow
 from datasets.usable_images import UsableImages
 from util import recipes
 from util.distributed import print_main
@@ -195,7 +197,8 @@ class DetectionDataset(Dataset):
         img_folder: folder that the file names of the ground truth are relative to.
         ground_truth: checked COCO dict (see `check_ground_truth`).
         source: the file or folder the ground truth comes from, for messages.
-        transforms: callable `(image, target, rng)`; None gives uint8 images and absolute x0, y0, x1, y1 boxes.
+        transforms: callable `(image, target, rng)` of uint8 images; or `(image, target)`, which gets Pillow images, as
+            do all transforms around one that is written so; None gives uint8 images and absolute x0, y0, x1, y1 boxes.
         return_masks: whether targets hold `masks`.
         seed: seed of the run.
         remove_difficult: leave annotations marked `difficult` out of the targets.
@@ -225,7 +228,7 @@ class DetectionDataset(Dataset):
     ) -> None:
         self.img_folder = Path(img_folder)
         self.source = source
-        self.transforms = transforms
+        self.transforms = None if transforms is None else adapt(transforms)
         self.return_masks = return_masks
         self.seed = seed
         self.remove_difficult = remove_difficult
@@ -330,6 +333,8 @@ class DetectionDataset(Dataset):
             image, target = self._read(index)
         if self.transforms is None:
             return image, target
+        if wants_pillow(self.transforms):
+            image = to_pil_image(image)
         return self.transforms(image, target, T.sample_rng(self.seed, int(self._epoch), index))
 
     def _read(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -430,7 +435,7 @@ class CocoDetection(DetectionDataset):
     Args:
         img_folder: folder of the images.
         ann_file: instances JSON.
-        transforms: callable `(image, target, rng)`, or None; see `DetectionDataset`.
+        transforms: callable `(image, target, rng)` or `(image, target)`, or None; see `DetectionDataset`.
         return_masks: whether targets hold `masks`, from polygons or run lengths.
         seed: seed of the run.
         num_classes: number of classes of the model; None for the highest category id + 1.
