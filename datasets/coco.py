@@ -22,6 +22,7 @@ from datasets.checks import (Problem, class_names, draw_segmentation, encode_seg
 from datasets.image_io import UnreadableImage, read_sizes, warn_once
 from datasets.packed import checksum, pack_records
 from datasets.subsets import restriction
+from datasets.targets import ConvertCocoPolysToMask, convert_coco_poly_to_mask
 from datasets.two_arguments import adapt, wants_pillow
 from datasets.usable_images import UsableImages
 from util import recipes
@@ -30,8 +31,8 @@ from util.errors import InputError
 from util.files import open_regular, read_json, shown
 
 __all__ = [
-    "CROP_RESIZES", "CROP_SIZES", "CocoDetection", "DetectionDataset", "build", "check_ground_truth", "class_names",
-    "forget_files", "image_folder", "index_ground_truth", "index_instances", "locate", "make_coco_transforms",
+    "CROP_RESIZES", "CROP_SIZES", "CocoDetection", "ConvertCocoPolysToMask", "DetectionDataset", "build",
+    "check_ground_truth", "class_names", "convert_coco_poly_to_mask", "forget_files", "image_folder", "index_ground_truth", "index_instances", "locate", "make_coco_transforms",
     "num_classes_and_names", "num_classes_of", "paths", "read_ground_truth", "report_left_out", "training_augmentation",
     "training_categories", "transform_sizes",
 ]

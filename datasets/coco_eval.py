@@ -1,20 +1,24 @@
 """COCO's measures of detections, exact under any number of processes."""
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from faster_coco_eval import COCOeval_faster
 from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from datasets.coco import class_names, index_ground_truth
 from datasets.voc_ap import all_points_ap, eleven_points_ap, judge
 from util.distributed import all_gather, print_main
 
-__all__ = ["CocoEvaluator"]
+__all__ = ["CocoEvaluator", "convert_to_xywh", "create_common_coco_eval", "evaluate", "merge"]
 
 IOU_TYPES = ("bbox", "segm")
 
@@ -62,7 +66,7 @@ class CocoEvaluator:
             if image_id not in self.coco_gt.imgs:
                 raise ValueError(f"image id {image_id} is not in the ground truth")
             if image_id not in self._detections:
-                self._detections[image_id] = self._pack(found)
+                self._detections[image_id] = _pack(found, self.iou_types)
 
     def synchronize_between_processes(self) -> None:
         """Brings the detections of all processes together on each of them; every process must call this."""
@@ -133,30 +137,106 @@ class CocoEvaluator:
             for position, category in enumerate(evaluation.params.catIds)
         }
 
-    def _pack(self, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Turns the detections of one image into arrays, as small as they can travel between processes."""
-        if not found:  # published programs' word for an image without detections
-            return {name: np.empty(0) for name in ("labels", "scores", *self.iou_types)}
-        packed = {"labels": found["labels"].cpu().numpy(), "scores": found["scores"].double().cpu().numpy()}
-        if "bbox" in self.iou_types:
-            packed["bbox"] = found["boxes"].double().cpu().numpy().copy()
-            packed["bbox"][:, 2:] -= packed["bbox"][:, :2]
-        if "segm" in self.iou_types:
-            masks = (found["masks"] > 0.5).cpu().flatten(0, -3).numpy().astype(np.uint8).transpose(1, 2, 0)
-            packed["segm"] = np.empty(masks.shape[2], dtype=object)
-            packed["segm"][:] = mask_codec.encode(np.asfortranarray(masks))
-        return packed
+    def prepare(self, predictions: dict[int, dict[str, Tensor]], iou_type: str) -> list[dict]:
+        """Returns detections, as `update` takes them, as entries of COCO's results files; for "bbox", "segm" or, with
+        `keypoints` [n, k, 3] (x, y, visibility) instead of boxes, "keypoints"."""
+        if iou_type == "keypoints":
+            return self.prepare_for_coco_keypoint(predictions)
+        field = "bbox" if iou_type == "bbox" else "segmentation"
+        return [{"image_id": image_id, "category_id": category, field: shape, "score": score}
+                for image_id, found in predictions.items()
+                for category, score, shape in _entries(_pack(found, (iou_type,)), iou_type)]
+
+    def prepare_for_coco_detection(self, predictions: dict[int, dict[str, Tensor]]) -> list[dict]:
+        """Returns boxes as entries of COCO's results files, `bbox` as x0, y0, width, height in pixels."""
+        return self.prepare(predictions, "bbox")
+
+    def prepare_for_coco_segmentation(self, predictions: dict[int, dict[str, Tensor]]) -> list[dict]:
+        """Returns masks as entries of COCO's results files, `segmentation` as compressed run lengths."""
+        entries = self.prepare(predictions, "segm")
+        for entry in entries:
+            entry["segmentation"] = {**entry["segmentation"], "counts": entry["segmentation"]["counts"].decode()}
+        return entries
+
+    def prepare_for_coco_keypoint(self, predictions: dict[int, dict[str, Tensor]]) -> list[dict]:
+        """Returns keypoints as entries of COCO's results files, `keypoints` as a flat list for each object."""
+        return [{"image_id": image_id, "category_id": category, "keypoints": points, "score": score}
+                for image_id, found in predictions.items() if found
+                for category, score, points in zip(found["labels"].tolist(), found["scores"].tolist(),
+                                                   found["keypoints"].flatten(1).tolist())]
 
     def _as_coco(self, iou_type: str) -> COCO:
         """Makes the pycocotools object of the detections, as `COCO.loadRes` would (which fails when there are none)."""
         field = "bbox" if iou_type == "bbox" else "segmentation"
         annotations: list[dict] = []
         for image_id, found in sorted(self._detections.items()):
-            for category, score, shape in zip(*(found[name].tolist() for name in ("labels", "scores", iou_type))):
+            for category, score, shape in _entries(found, iou_type):
                 area = shape[2] * shape[3] if iou_type == "bbox" else float(mask_codec.area(shape))
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category,
                                     "score": score, field: shape, "area": area, "iscrowd": 0})
         return index_ground_truth({**self.coco_gt.dataset, "annotations": annotations})
+
+
+def _pack(found: dict[str, Tensor], iou_types: Sequence[str]) -> dict[str, np.ndarray]:
+    """Turns the detections of one image into arrays, as small as they can travel between processes."""
+    if not found:  # published programs' word for an image without detections
+        return {name: np.empty(0) for name in ("labels", "scores", *iou_types)}
+    packed = {"labels": found["labels"].cpu().numpy(), "scores": found["scores"].double().cpu().numpy()}
+    if "bbox" in iou_types:
+        packed["bbox"] = convert_to_xywh(found["boxes"].double()).cpu().numpy()
+    if "segm" in iou_types:
+        masks = (found["masks"] > 0.5).cpu().flatten(0, -3).numpy().astype(np.uint8).transpose(1, 2, 0)
+        packed["segm"] = np.empty(masks.shape[2], dtype=object)
+        packed["segm"][:] = mask_codec.encode(np.asfortranarray(masks))
+    return packed
+
+
+def _entries(packed: dict[str, np.ndarray], iou_type: str) -> Iterator[tuple[int, float, list[float] | dict]]:
+    """The category, score and box or mask of each packed detection."""
+    return zip(*(packed[name].tolist() for name in ("labels", "scores", iou_type)))
+
+
+def convert_to_xywh(boxes: Tensor) -> Tensor:
+    """Turns boxes [n, 4] from x0, y0, x1, y1 into x0, y0, width, height."""
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+
+
+def merge(img_ids: Sequence[int], eval_imgs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Brings what `evaluate` found on each process together, once for each image; every process must call this.
+
+    Args:
+        img_ids: ids of the images of this process.
+        eval_imgs: [classes, areas, images], see `evaluate`.
+
+    Returns:
+        The ids of all images, ascending, and the results in this order, [classes, areas, all images].
+    """
+    ids = np.concatenate([np.asarray(part) for part in all_gather(list(img_ids))])
+    results = np.concatenate(all_gather(eval_imgs), axis=2)
+    ids, first = np.unique(ids, return_index=True)
+    return ids, results[..., first]
+
+
+def create_common_coco_eval(coco_eval: COCOeval, img_ids: Sequence[int], eval_imgs: np.ndarray) -> None:
+    """Puts the merged results of all processes, arguments as in `merge`, into an evaluation, to be accumulated there."""
+    ids, results = merge(img_ids, eval_imgs)
+    coco_eval.evalImgs = list(results.flatten())
+    coco_eval.params.imgIds = ids.tolist()
+    coco_eval._paramsEval = copy.deepcopy(coco_eval.params)
+
+
+def evaluate(coco_eval: COCOeval) -> tuple[list[int], np.ndarray]:
+    """Matches the detections of pycocotools' evaluation with its ground truth, without its chatter.
+
+    Returns:
+        The ids of its images, and what was found on each, object [classes, areas, images].
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco_eval.evaluate()
+    params = coco_eval.params
+    found = np.empty(len(coco_eval.evalImgs), dtype=object)
+    found[:] = coco_eval.evalImgs
+    return params.imgIds, found.reshape(-1, len(params.areaRng), len(params.imgIds))
 
 
 class _Evaluation(COCOeval_faster):

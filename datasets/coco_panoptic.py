@@ -17,6 +17,7 @@ from datasets.checks import image_entry_problems, raise_first
 from datasets.coco import (DetectionDataset, check_ground_truth, class_names, forget_files, image_folder,
                            index_instances, locate, make_coco_transforms, num_classes_of, read_ground_truth,
                            report_left_out, training_categories, transform_sizes)
+from datasets.image_io import read_sizes
 from datasets.panoptic import is_thing_of, panoptic_problems, read_panoptic, read_segment_ids
 from util import recipes
 from util.box_ops import masks_to_boxes
@@ -128,6 +129,13 @@ class CocoPanoptic(DetectionDataset):
         self.instances: COCO | None = None
         super().__init__(img_folder, as_ground_truth(content), ann_file, transforms, return_masks, seed=seed,
                          training=training, apply_exif=apply_exif, coco=_Segments(Path(ann_folder), ann_file))
+
+    def get_height_and_width(self, idx: int) -> tuple[int, int]:
+        """Returns the size of a sample's image in pixels, as annotated, or as the file says where that is not."""
+        entry = self._entry(idx)
+        if {"height", "width"} <= set(entry):
+            return entry["height"], entry["width"]
+        return tuple(read_sizes([self.img_folder / entry["file_name"]], self.apply_exif)[0].tolist())
 
     def _is_target(self, annotation: dict) -> bool:
         return True

@@ -18,14 +18,14 @@ Number = Union[int, float, torch.Tensor]
 class SmoothedValue:
     """A series of numbers with statistics over its last `window_size` values and over all of them.
 
-    `fmt` is a format string that may use median, avg, global_avg, max and value.
+    `fmt` is a format string that may use median, avg, global_avg, max and value ("median (global average)" without it).
     """
 
-    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
+    def __init__(self, window_size: int = 20, fmt: Optional[str] = None) -> None:
         self.window: Deque[float] = deque(maxlen=window_size)
         self.total = 0.0
         self.count = 0
-        self.fmt = fmt
+        self.fmt = fmt or "{median:.4f} ({global_avg:.4f})"
         self._pending: List[Tuple[Number, int, float]] = []
 
     def update(self, value: Number, n: int = 1, weight: float = 1.0) -> None:

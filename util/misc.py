@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.distributed import (all_gather, barrier, get_rank, get_world_size, init_distributed_mode,
+from util.distributed import (all_gather, barrier, get_local_rank, get_rank, get_world_size, init_distributed_mode,
                               is_dist_avail_and_initialized, is_main_process, print_main, reduce_dict)
 from util.errors import InputError
 from util.metric_logger import MetricLogger, SmoothedValue
+from util.published import _max_by_axis, get_local_size, get_total_grad_norm, save_on_master, setup_for_distributed
 
-__all__ = ["InputError", "MetricLogger", "NestedTensor", "SmoothedValue", "accuracy", "all_gather", "at_least_float32", "barrier", "collate_fn",
-           "get_rank", "get_sha", "get_world_size", "init_distributed_mode", "interpolate", "inverse_sigmoid",
-           "is_dist_avail_and_initialized", "is_main_process", "nested_tensor_from_tensor_list", "print_main", "reduce_dict"]
+__all__ = ["InputError", "MetricLogger", "NestedTensor", "SmoothedValue", "_max_by_axis", "accuracy", "all_gather",
+           "at_least_float32", "barrier", "collate_fn", "get_local_rank", "get_local_size", "get_rank", "get_sha",
+           "get_total_grad_norm", "get_world_size", "init_distributed_mode", "interpolate", "inverse_sigmoid",
+           "is_dist_avail_and_initialized", "is_main_process", "nested_tensor_from_tensor_list", "print_main",
+           "reduce_dict", "save_on_master", "setup_for_distributed"]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -42,6 +45,13 @@ class NestedTensor(object):
     @torch.jit.unused
     def pin_memory(self) -> "NestedTensor":
         return NestedTensor(self.tensors.pin_memory(), None if self.mask is None else self.mask.pin_memory())
+
+    @torch.jit.unused
+    def record_stream(self, stream: Any) -> None:
+        """Tell the memory's owner that `stream` uses the tensors, as `torch.Tensor.record_stream` does."""
+        self.tensors.record_stream(stream)
+        if self.mask is not None:
+            self.mask.record_stream(stream)
 
     def decompose(self) -> Tuple[Tensor, Optional[Tensor]]:
         return self.tensors, self.mask

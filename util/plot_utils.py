@@ -3,7 +3,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from util.checkpoint import load_checkpoint
 from util.errors import InputError
@@ -255,18 +255,23 @@ def _name_runs(figure: Any, axis: Any, labels: List[str]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(per_row, len(labels)), frameon=False)
 
 
-def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]]) -> Any:
+def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]], naming_scheme: Optional[str] = None) -> Any:
     """Draw precision against recall, and the score at which each recall is reached, at IoU 0.5, averaged over classes.
 
     Args:
         files: `eval/latest.pth` files of runs (what `engine.evaluate` keeps of pycocotools' tables), or one of them.
+        naming_scheme: "exp_id" names curves by the folder of the run, "iter" by the file; None by as much of the paths as
+            it takes to tell them apart.
 
     Returns:
         the matplotlib Figure, as from `plot_logs`.
 
     Raises:
-        InputError: if a file is missing or holds something else, or if it has no class with ground truth.
+        InputError: if a file is missing or holds something else, or if it has no class with ground truth; if the naming
+            scheme is unknown.
     """
+    if naming_scheme not in (None, "exp_id", "iter"):
+        raise InputError(f"the naming scheme {naming_scheme!r} is neither 'exp_id' nor 'iter'")
     paths = [Path(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     if not paths:
         raise InputError("no evaluations to plot")
@@ -281,7 +286,9 @@ def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]]) -> Any:
         axis.set(title=f"{name} at IoU 0.5", xlabel="recall", xlim=(0, 1), ylim=(0, 1.05))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    _name_runs(figure, precision_axis, list(labels))
+    names = {None: list(labels), "iter": [path.stem for path in labels.values()],
+             "exp_id": [path.absolute().parent.parent.name for path in labels.values()]}
+    _name_runs(figure, precision_axis, names[naming_scheme])
     return figure
 
 
