@@ -10,7 +10,11 @@ import sys
 import time
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
+import util.early_signals
 import util.openmp  # noqa: F401  (before torch)
+
+if __name__ == "__main__":
+    util.early_signals.hold()  # the imports below take seconds
 
 import numpy as np
 import torch
@@ -353,6 +357,7 @@ def train(state: TrainingState, model: nn.Module, criterion: nn.Module, evaluati
     keeper = Keeper(state, args, loader.batch_sampler, listener, last_step)
     if args.output_dir and is_main_process():
         open_log(args.output_dir, state.epoch)
+    listener.end_if_stopped()
     print_main("Start training")
     start = time.perf_counter()
     for epoch in range(state.epoch, args.epochs):
@@ -520,21 +525,31 @@ def main(args: argparse.Namespace, reactions: Mapping[int, str] = REACTIONS,
     """
     recipes.resolve(args)
     recipes.require_data(args)
-    init_distributed_mode(args)
-    training_in = args.output_dir if not args.eval else ""
-    with claimed(training_in) if training_in else contextlib.nullcontext():
-        run(args, reactions, last_step)
+    with contextlib.ExitStack() as stack:
+        listener = None
+        if args.eval:
+            util.early_signals.release()
+        else:
+            listener = stack.enter_context(SignalListener(reactions))
+        init_distributed_mode(args)
+        if listener:
+            listener.end_if_stopped()
+        if listener and args.output_dir:
+            stack.enter_context(claimed(args.output_dir))
+        run(args, listener, last_step)
     shutdown()
 
 
-def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optional[Tuple[int, int]]) -> None:
-    """`main`, once the processes have found each other and the output directory is theirs."""
+def run(args: argparse.Namespace, listener: Optional[SignalListener], last_step: Optional[Tuple[int, int]]) -> None:
+    """`main`, once the processes have found each other and the output directory is theirs; a training has a listener."""
     goes_on = args.resume == "auto"
     args.resume = find_resume(args)
     checkpoint = read_start(args)
     agree_on_seed(args, checkpoint)
     follow_checkpoint(args, checkpoint)
     class_names, things = describe_classes(args, checkpoint)
+    if listener:
+        listener.end_if_stopped()  # here and below: after what may take long
     print_main(f"git:\n  {get_sha()}\n")
     print_main(recipes.describe(args))
     if args.output_dir and is_main_process():
@@ -563,16 +578,16 @@ def run(args: argparse.Namespace, reactions: Mapping[int, str], last_step: Optio
     held_out = args.dataset_file not in ("imagenet", "regions") or (
         args.imagenet_val_path or args.held_out_share or args.eval or args.overfit)
     evaluation = Evaluation(args, criterion, postprocessors) if held_out else None
-    if args.eval:
+    if not listener:
         print_main(evaluation_summary(args, class_names, len(evaluation.dataset), objects_per_image(evaluation.dataset)))
         evaluation.run(model)
     else:
+        listener.end_if_stopped()
         wrapped = distributed_model(model, args) if args.distributed else model
-        with SignalListener(reactions) as listener:
-            try:
-                train(state, wrapped, criterion, evaluation, args, listener, last_step)
-            finally:
-                state.saver.wait()  # whatever happened, a checkpoint that was begun is ended
+        try:
+            train(state, wrapped, criterion, evaluation, args, listener, last_step)
+        finally:
+            state.saver.wait()  # whatever happened, a checkpoint that was begun is ended
 
 
 if __name__ == "__main__":

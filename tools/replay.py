@@ -15,9 +15,14 @@ import main
 from util.checkpoint import load_checkpoint
 from util.distributed import print_main
 from util.errors import InputError, Stopped, run_program
+from util.resumable import has, is_count, is_dict, is_epoch, is_list
 from util.ranges import TOOL_RANGES, check_ranges
 
-NEEDED = {"message", "epoch", "step", "image_ids", "losses", "args", "given", "source", "world_size"}
+_is_text = (lambda value: isinstance(value, str))
+_is_source = has(checkpoint=_is_text, epoch=is_epoch, step=is_count)
+is_bundle = has(message=_is_text, epoch=is_count, step=is_count, image_ids=is_list(is_count), args=has(epochs=is_count),
+                losses=is_dict(lambda value: isinstance(value, (int, float))), given=is_dict(lambda value: True),
+                source=lambda value: value == {} or _is_source(value), world_size=is_count)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -38,7 +43,7 @@ def read_bundle(path: str) -> Dict[str, Any]:
         InputError: if it is something else.
     """
     bundle = load_checkpoint(path, flag="bundle=")
-    if not NEEDED <= set(bundle):
+    if not is_bundle(bundle):
         raise InputError(f"{path} isn't a file that a failed training left (failure_epoch…_step…_process….pth)")
     return bundle
 
@@ -54,7 +59,12 @@ def describe(bundle: Dict[str, Any]) -> str:
 
 def flags_of(bundle: Dict[str, Any], options: argparse.Namespace) -> argparse.Namespace:
     """The training's flags, changed so that it goes on from its checkpoint and writes nothing."""
-    args = main.get_args_parser().parse_args([])
+    parser = main.get_args_parser()
+    args = parser.parse_args([])
+    flags = {action.dest: action for action in parser._actions}
+    for name, value in bundle["given"].items():
+        if name not in flags or not could_be_given(flags[name], value):
+            raise InputError(f"{options.bundle} has the flag {name} {value!r}, which main.py doesn't take")
     vars(args).update(bundle["given"])
     args.output_dir, args.tensorboard, args.save_every_steps, args.random_seed = "", False, None, False
     args.eval_every = bundle["args"]["epochs"]  # evaluations take nothing of the random state
@@ -66,12 +76,26 @@ def flags_of(bundle: Dict[str, Any], options: argparse.Namespace) -> argparse.Na
     return args
 
 
+def could_be_given(action: argparse.Action, value: Any) -> bool:
+    """Whether a flag's value is one that the parser may have made."""
+    if action.nargs == 0:  # a switch
+        return isinstance(value, bool) or value is action.default is None
+    kinds = {int: int, float: (int, float)}.get(action.type, str)
+    several = action.nargs is not None and action.nargs != "?"
+    if value is None:
+        return action.default is None
+    return isinstance(value, list) == several and value != [] and all(
+        isinstance(item, kinds) and not isinstance(item, bool) and (not action.choices or item in action.choices)
+        for item in (value if several else [value]))
+
+
 def require_source(bundle: Dict[str, Any]) -> None:
     """Raise InputError if the checkpoint isn't the one any more that the failed training would have gone on from."""
     source = bundle["source"]
     if source:
         found = load_checkpoint(source["checkpoint"], flag="checkpoint=")
-        if "so_far" in found and (found["epoch"], found["so_far"]["step"]) != (source["epoch"], source["step"]):
+        so_far = found.get("so_far")
+        if has(step=is_count)(so_far) and (found.get("epoch"), so_far["step"]) != (source["epoch"], source["step"]):
             raise InputError(f"{source['checkpoint']} was overwritten after the failure, it can't be replayed from there")
 
 

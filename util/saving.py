@@ -1,7 +1,6 @@
 """The output directory of a run: whose it is, checkpoints written beside the training, and which one to go on from."""
 import contextlib
 import fcntl
-import glob
 import os
 import re
 import socket
@@ -17,8 +16,11 @@ from util.distributed import all_gather, is_main_process, print_main
 from util.errors import InputError
 
 LAST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
-LOCK = ".lock"
+LOCK, LOCK_WORDS = ".lock", "process "
 OWN_NAME = re.compile(r"checkpoint(_previous|_best|\d{4,})?\.pth")
+# Under what names files are written at first, see `util.checkpoint.save_checkpoint`.
+LEFTOVER = re.compile(rf"({OWN_NAME.pattern}|eval\.pth|latest\.pth|failure_epoch\d+_step\d+_process\d+\.pth)\.\d+\.tmp"
+                      r"|log\.txt\.tmp|args\.json\.tmp")
 
 
 class Saver:
@@ -112,24 +114,46 @@ def _lock(output_dir: str) -> Any:
     path = os.path.join(output_dir, LOCK)
     try:
         os.makedirs(output_dir, exist_ok=True)
-        file = open(path, "a+")
+        # Not through a link, and not waiting where it is a pipe: what lies there is written to.
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "r+b", 0)
+        try:
+            _take(file, path, output_dir)
+        except BaseException:
+            file.close()
+            raise
     except OSError as error:
         raise InputError(f"could not write {path} ({error.strerror})") from error
+    return file
+
+
+def _take(file: Any, path: str, output_dir: str) -> None:
+    """Lock an open lock file, sweep the folder, and write down whose it is."""
+    content = file.read(1000).decode(errors="replace") if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+    if content is None or not content.startswith(LOCK_WORDS[:len(content)]):
+        raise InputError(f"{path} is not the lock file of a training: move it away, or choose another --output_dir")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise InputError(f"--output_dir {output_dir} is in use by another training ({file.read().strip()}); "
+        raise InputError(f"--output_dir {output_dir} is in use by another training ({content.strip()}); "
                          "wait for its end or choose another folder") from error
     except OSError as error:  # a file system without locks
         print_main(f"{output_dir} can't be locked ({error.strerror}): a second training there would not be noticed")
+    for folder in (output_dir, os.path.join(output_dir, "eval")):  # first: on a full disk they may be what fills it
+        _sweep(folder)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    for pattern in ("*.pth.*.tmp", "log.txt.tmp", "eval/*.pth.*.tmp"):
-        for leftover in glob.glob(os.path.join(glob.escape(output_dir), pattern)):
-            os.remove(leftover)
-    return file
+    file.seek(0)
+    file.write(f"{LOCK_WORDS}{os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def _sweep(folder: str) -> None:
+    """Remove what savings that were killed left in a folder, if it is there."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        path = os.path.join(folder, name)
+        if LEFTOVER.fullmatch(name) and not os.path.isdir(path):
+            try:
+                os.remove(path)
+            except OSError as error:
+                raise InputError(f"{path}, which a killed training left, can't be removed ({error.strerror})") from error
 
 
 def saved_checkpoints(output_dir: str) -> List[str]:

@@ -39,7 +39,7 @@ class DropAfterEpochs(LRScheduler):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Go on from a state, this one's or a StepLR's, whatever epochs it names."""
-        super().load_state_dict({**state_dict, "drop_epochs": self.drop_epochs})
+        super().load_state_dict({name: state_dict[name] for name in ("last_epoch", "_step_count") if name in state_dict})
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> DropAfterEpochs:

@@ -4,7 +4,9 @@ import threading
 import time
 from typing import Any, Dict, Mapping, Optional
 
-from util.distributed import all_gather
+from util import early_signals
+from util.distributed import all_gather, is_main_process
+from util.errors import Stopped
 
 SAVE, STOP = "save", "stop"
 REACTIONS = {signal.SIGTERM: STOP, signal.SIGUSR1: STOP, signal.SIGINT: STOP}
@@ -35,6 +37,7 @@ class SignalListener:
     def __enter__(self) -> "SignalListener":
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             self._previous = {number: signal.signal(number, self._hear) for number in self.reactions}
+            early_signals.release()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -56,6 +59,16 @@ class SignalListener:
     def anyone_stops(self) -> bool:
         """Whether any process was asked to stop; every process must call this."""
         return any(all_gather(self.stop))
+
+    def end_if_stopped(self) -> None:
+        """Before the first step of a run: end it if any process was asked to stop; every process must call this.
+
+        Raises:
+            Stopped: with the line that says so.
+        """
+        if self.anyone_stops():
+            raise Stopped(f"stopped by {self.heard or 'a signal to another process'} before the first step: nothing new was "
+                          "trained, --resume auto goes on" if is_main_process() else "")
 
 
 class UntilStopped:

@@ -11,11 +11,13 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import torch
 from torch import nn
 
-from util.checkpoint import load_model_strictly, random_state, set_random_state, stored_flags
+from util.checkpoint import first_sentence, load_model_strictly, random_state, set_random_state, stored_flags
 from util.distributed import all_gather, get_rank, get_world_size, is_main_process, print_main
 from util.errors import InputError
+from util.files import open_regular
 from util.metric_logger import merge_states
 from util.recipes import BOOKKEEPING
+from util.resumable import odd_part
 from util.saving import Saver, newest_checkpoint, on_main
 from util.schedule import DropAfterEpochs
 
@@ -103,6 +105,10 @@ class TrainingState:
             print_main(f"resume: {location} holds weights only; training starts at epoch {self.epoch}")
             return
         self._require_same_optimizer(checkpoint, location)
+        odd = odd_part(checkpoint, self.optimizer)
+        if odd:
+            raise InputError(f"--resume {location}: its {odd} isn't what a training saves; only its weights may be of use "
+                             f"(--pretrain {location})")
         given = [dict(group) for group in self.optimizer.param_groups]
         for group in checkpoint["optimizer"]["param_groups"]:  # how a step is computed is no matter of the checkpoint's
             group.update({name: self.optimizer.defaults[name] for name in ("fused", "foreach")})
@@ -121,7 +127,10 @@ class TrainingState:
         self.unreadable = list(checkpoint.get("unreadable", []))
         states = checkpoint.get("random_states", [])
         if get_rank() < len(states):
-            set_random_state(states[get_rank()])
+            try:
+                set_random_state(states[get_rank()])
+            except RuntimeError as error:
+                raise InputError(f"--resume {location}: its 'random_states' can't be used ({first_sentence(error)})") from error
         if checkpoint.get("so_far"):
             self.so_far = EpochSoFar(**{**checkpoint["so_far"], "meters": _meters_of(checkpoint["so_far"]["meters"])})
         if start != (stored_flags(checkpoint).get("start_epoch") or 0):
@@ -135,8 +144,9 @@ class TrainingState:
 
     def _require_same_optimizer(self, checkpoint: Dict[str, Any], location: str) -> None:
         now = "betas" not in self.optimizer.param_groups[0]
-        groups = checkpoint["optimizer"]["param_groups"]
-        if groups and ("betas" not in groups[0]) != now:
+        stored = checkpoint["optimizer"]
+        groups = stored.get("param_groups") if isinstance(stored, dict) else None
+        if isinstance(groups, list) and groups and isinstance(groups[0], dict) and ("betas" not in groups[0]) != now:
             was, flag = ("AdamW", "without --sgd") if now else ("SGD", "with --sgd")
             raise InputError(f"--resume {location} was trained by {was}, whose state another optimizer can't use: go on "
                              f"{flag}, or start a new training from its weights by --pretrain")
@@ -204,22 +214,32 @@ def open_log(output_dir: str, first_epoch: int) -> None:
     path = os.path.join(output_dir, "log.txt")
     with _writing(path):
         os.makedirs(output_dir, exist_ok=True)
-        if not os.path.exists(path):
+        if not os.path.lexists(path):
             return
-        with open(path) as file:
-            kept = [line for line in file if _epoch_of(line) < first_epoch]
-        with open(path + ".tmp", "w") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
+        with open_regular(path, "log") as file:
+            kept = [line.rstrip(b"\n") + b"\n" for line in file if _epoch_of(line) < first_epoch]
+        _replace(path, b"".join(kept))
 
 
-def _epoch_of(line: str) -> float:
+def _epoch_of(line: bytes) -> float:
+    """The epoch of a line of log.txt; infinity for one that a crash cut off, or that a damaged disk changed."""
     try:
-        return json.loads(line)["epoch"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a crash
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return float("inf")
+    return epoch if isinstance(epoch, (int, float)) and epoch >= 0 else float("inf")
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Write a file anew, by way of another name, on which nothing else may lie."""
+    temporary = path + ".tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    with open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def append_log(output_dir: str, stats: Dict[str, Any]) -> None:
@@ -235,9 +255,7 @@ def write_json(path: str, content: Any) -> None:
     """Write a file anew, by way of another name."""
     with _writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path + ".tmp", "w") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-        os.replace(path + ".tmp", path)
+        _replace(path, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 @contextlib.contextmanager

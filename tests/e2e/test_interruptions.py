@@ -105,6 +105,28 @@ def test_a_signal_stops_at_the_next_step(flags, straight, tmp_path, number):
         assert_same_end(tmp_path, straight("train"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step(flags, tmp_path, monkeypatch, number):
+    build = main.build_model
+
+    def interrupted(*args):
+        signal.raise_signal(number)
+        return build(*args)
+
+    monkeypatch.setattr(main, "build_model", interrupted)
+    handler = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"^stopped by {number.name} before the first step: nothing new was trained, "
+                                      "--resume auto goes on$"):
+        train(flags["train"], tmp_path)
+    assert signal.getsignal(number) is handler and not list(tmp_path.glob("*.pth"))
+
+
+def test_a_signal_while_the_program_is_imported():
+    script = ("import signal\nfrom util import early_signals\nearly_signals.hold()\nsignal.raise_signal(signal.SIGTERM)\n"
+              "from util.signals import SignalListener\nwith SignalListener() as listener:\n    print(listener.heard)")
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True) == "SIGTERM\n"
+
+
 def test_a_signal_during_evaluation(flags, straight, tmp_path, monkeypatch):
     """The evaluation is broken off and done again, the epoch's steps are not."""
     evaluate = main.evaluate

@@ -225,6 +225,39 @@ def test_host_copies_keep_the_structure():
     assert copy["a"] is copy["b"] and copy["part"].tolist() == [1]
 
 
+def test_a_lock_file_that_is_no_training_s_is_left_alone(tmp_path):
+    other = tmp_path / "precious"
+    other.write_text("precious")
+    for make in (lambda lock: lock.write_text("precious"), lambda lock: os.link(other, lock), lambda lock: lock.symlink_to(other),
+                 os.mkfifo, lambda lock: lock.mkdir()):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        make(folder / ".lock")
+        with pytest.raises(InputError, match=r"/\.lock (is not the lock file of a training|\()"), claimed(str(folder)):
+            pass
+    assert other.read_text() == "precious"
+
+
+def test_a_full_disk_at_the_start_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving.socket, "gethostname", fail)  # called as the lock file is written
+    with pytest.raises(InputError, match=r"^could not write .*/.lock \(No space left on device\)$"), claimed(str(tmp_path)):
+        pass
+
+
+def test_only_what_savings_left_is_swept(tmp_path):
+    (tmp_path / "eval").mkdir()
+    left = ["checkpoint.pth.17.tmp", "checkpoint_previous.pth.17.tmp", "checkpoint0003.pth.9.tmp", "eval.pth.2.tmp",
+            "eval/latest.pth.8.tmp", "failure_epoch0_step1_process0.pth.4.tmp", "log.txt.tmp", "args.json.tmp"]
+    others = ["mine.pth.backup.tmp", "mine.pth.17.tmp", "checkpoint.pth.old.tmp", "notes.tmp", "eval/mine.pth.3.tmp"]
+    for name in left + others:
+        (tmp_path / name).write_bytes(b"half")
+    with claimed(str(tmp_path)):
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.tmp")) == sorted(others)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"^could not write .*/file/.lock \((File exists|Not a directory)\)$"):

@@ -2,6 +2,7 @@
 import argparse
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -196,6 +197,21 @@ def test_log_lines_of_epochs_that_are_redone_go(tmp_path):
     append_log(folder, {"epoch": 2, "train_loss": 0.25})
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert lines == [{"epoch": 0, "train_loss": 0.5}, {"epoch": 1, "train_loss": 0.5}, {"epoch": 2, "train_loss": 0.25}]
+
+
+def test_odd_bytes_in_the_log_are_lines_that_go(tmp_path):
+    odd = [b"\xff\xfe\x00", b'{"epoch": "1"}', b'{"epoch": null}', b"[1]", b"7", b'{"epoch": NaN}', b"[" * 5000, b"", b"\x00" * 9]
+    lines = [b'{"epoch": 0}', *odd, b'{"epoch": 1}']
+    (tmp_path / "log.txt").write_bytes(b"\n".join(lines))  # the last has no line end
+    open_log(str(tmp_path), first_epoch=5)
+    append_log(str(tmp_path), {"epoch": 5})
+    assert (tmp_path / "log.txt").read_bytes() == b'{"epoch": 0}\n{"epoch": 1}\n{"epoch": 5}\n'
+
+
+def test_a_log_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "log.txt")
+    with pytest.raises(InputError, match="log.txt is a named pipe, not a regular file"):
+        open_log(str(tmp_path), first_epoch=0)
 
 
 def test_a_new_log_needs_nothing(tmp_path):
