@@ -69,8 +69,9 @@ class DeformableTransformerDecoderLayer(FeedForward):
 
     def forward(self, tgt: Tensor, query_pos: Tensor, reference: Tensor, encoded: Encoded) -> Tensor:
         """tgt, query_pos [B, N, d]; reference [B, N, L, 2 or 4] -> [B, N, d]."""
-        located = tgt + query_pos
-        tgt = self.norm2(tgt + self.dropout2(self.self_attn(located, located, tgt)[0]))
+        located = (tgt + query_pos).transpose(0, 1)
+        own = self.self_attn(located, located, tgt.transpose(0, 1))[0].transpose(0, 1)
+        tgt = self.norm2(tgt + self.dropout2(own))
         attended = self.cross_attn(tgt + query_pos, reference, encoded.memory, encoded.levels, encoded.padding)
         tgt = self.norm1(tgt + self.dropout1(attended))
         return self.norm3(tgt + self.dropout3(self.feed_forward(tgt)))

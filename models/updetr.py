@@ -70,10 +70,12 @@ class UPDETR(DETR):
         if batch != len(samples.tensors):
             raise ValueError(f"patches of {batch} images came with {len(samples.tensors)} images")
         patch_feature = self.patch_features(patches)
-        query_allowed = self.attention_mask[: count * self.queries_per_patch, : count * self.queries_per_patch]
+        used = count * self.queries_per_patch
+        decoder_mask = ~self.attention_mask[:used, :used]
         features, positions = self.backbone(samples)
         src, mask = features[-1].decompose()
-        decoded = self.transformer(self.input_proj(src), mask, self._queries(patch_feature), positions[-1], query_allowed)[0]
+        queries = self._queries(patch_feature)
+        decoded = self.transformer(self.input_proj(src), mask, queries, positions[-1], decoder_mask)[0]
         out = self.predictions(decoded)
         if self.feature_align is not None:
             self._add_reconstruction(out, decoded)

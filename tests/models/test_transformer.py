@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from models.position_encoding import PositionEmbeddingSine
-from models.transformer import MultiheadAttention, Transformer
+from models.transformer import MultiheadAttention, Transformer, TransformerDecoder, TransformerDecoderLayer
 from util.misc import NestedTensor
 
 
@@ -49,10 +49,11 @@ def test_equals_torchs_own_layers_where_there_are_no_positions(normalize_before)
     zeros, none = torch.zeros_like(tokens), torch.zeros_like(tgt)
     sees_neighbours = (torch.arange(6)[:, None] - torch.arange(6)).abs() <= 1
     with torch.no_grad():
-        memory = model.encoder(tokens, zeros, ~hidden[:, None, None])
+        memory = model.encoder(tokens.transpose(0, 1), None, hidden, zeros.transpose(0, 1)).transpose(0, 1)
         expected_memory = encoder(tokens, src_key_padding_mask=hidden)
         torch.testing.assert_close(memory[~hidden], expected_memory[~hidden], rtol=1e-5, atol=1e-5)
-        out = model.decoder(tgt, memory, zeros, none, ~hidden[:, None, None], sees_neighbours)
+        out = model.decoder(tgt.transpose(0, 1), memory.transpose(0, 1), ~sees_neighbours, None, None, hidden,
+                            zeros.transpose(0, 1), none.transpose(0, 1)).transpose(1, 2)
         expected = decoder(tgt, memory, tgt_mask=~sees_neighbours, memory_key_padding_mask=hidden)
         torch.testing.assert_close(out[-1], expected, rtol=1e-5, atol=1e-5)
         decoder.layers = decoder.layers[:2]  # the first two layers under the same last norm: what layer 2 of 3 returns
@@ -67,12 +68,13 @@ def test_positions_enter_queries_and_keys_but_never_values(normalize_before):
     ignores; added to values it would change the result."""
     layer = make_transformer(normalize_before=normalize_before).decoder.layers[0]
     generator = torch.Generator().manual_seed(3)
-    tgt, memory, pos, query_pos = (torch.randn(2, n, 32, generator=generator) for n in (6, 12, 12, 6))
+    tgt, memory, pos, query_pos = (torch.randn(n, 2, 32, generator=generator) for n in (6, 12, 12, 6))
     shift = torch.randn(32, generator=generator)
     with torch.no_grad():
-        out = layer(tgt, memory, memory + pos, query_pos)
-        torch.testing.assert_close(layer(tgt, memory, memory + pos + shift, query_pos), out, rtol=1e-4, atol=1e-4)
-        moved = layer(tgt, memory, memory + pos.flip(1), query_pos)
+        out = layer(tgt, memory, pos=pos, query_pos=query_pos)
+        shifted = layer(tgt, memory, pos=pos + shift, query_pos=query_pos)
+        torch.testing.assert_close(shifted, out, rtol=1e-4, atol=1e-4)
+        moved = layer(tgt, memory, pos=pos.flip(0), query_pos=query_pos)
     assert (moved - out).abs().max() > 1e-2, "other positions of the keys do matter"
 
 
@@ -138,7 +140,7 @@ def test_queries_that_may_not_look_at_each_other_decode_as_if_alone():
     model = make_transformer()
     src, mask, queries, pos = make_input()
     with torch.no_grad():
-        hermits, _ = model(src, mask, queries, pos, torch.eye(6, dtype=torch.bool))
+        hermits, _ = model(src, mask, queries, pos, ~torch.eye(6, dtype=torch.bool))
         for i in range(6):
             alone, _ = model(src, mask, queries[i:i + 1], pos)
             torch.testing.assert_close(hermits[:, :, i:i + 1], alone, rtol=1e-5, atol=1e-5)
@@ -205,7 +207,7 @@ def test_global_hooks_see_attention_weights():
 
 def test_attention_weights_are_formed_on_request_only():
     attention = MultiheadAttention(32, 4).eval()
-    x = torch.randn(2, 5, 32)
+    x = torch.randn(5, 2, 32)
     with torch.no_grad():
         assert attention(x, x, x)[1] is None
         out, weights = attention(x, x, x, need_weights=True)
@@ -215,19 +217,80 @@ def test_attention_weights_are_formed_on_request_only():
         assert attention(x, x, x, need_weights=False)[1] is None
 
 
-def test_kept_weights_equal_torchs_own():
-    ours = MultiheadAttention(32, 4).eval()
-    ours.keep_weights = True
-    theirs = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+def masks_of_every_kind():
+    generator = torch.Generator().manual_seed(6)
+    padding = torch.rand(2, 7, generator=generator) > 0.7
+    hidden = torch.rand(5, 7, generator=generator) > 0.7
+    padding[:, 0] = hidden[:, 0] = False
+    of_heads = torch.rand(2 * 4, 5, 7, generator=generator)
+    for key_padding_mask in (None, padding):
+        for attn_mask in (None, hidden, torch.zeros(5, 7).masked_fill(hidden, float("-inf")), of_heads,
+                          (of_heads > 0.5) & hidden):
+            yield key_padding_mask, attn_mask
+
+
+def test_attention_equals_torchs_own_by_the_same_arguments():
+    torch.manual_seed(0)
+    ours, theirs = MultiheadAttention(32, 4).eval(), nn.MultiheadAttention(32, 4).eval()
     theirs.load_state_dict(ours.state_dict())
-    query, key, value = (torch.randn(2, n, 32) for n in (5, 7, 7))
-    allowed = torch.rand(5, 7) > 0.4
-    allowed[:, 0] = True
+    query, key, value = (torch.randn(n, 2, 32) for n in (5, 7, 7))
+    for key_padding_mask, attn_mask in masks_of_every_kind():
+        for average in (True, False):
+            arguments = {"key_padding_mask": key_padding_mask, "average_attn_weights": average}
+            with torch.no_grad():
+                out, weights = ours(query, key, value, attn_mask=attn_mask, need_weights=True, **arguments)
+                if key_padding_mask is not None and attn_mask is not None and attn_mask.dtype != torch.bool:
+                    zeros = torch.zeros(2, 7)  # torch asks for masks of one type
+                    arguments["key_padding_mask"] = zeros.masked_fill(key_padding_mask, float("-inf"))
+                expected_out, expected_weights = theirs(query, key, value, attn_mask=attn_mask, **arguments)
+            torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize_before", [False, True])
+def test_torchs_own_attention_fits_in_and_layers_show_sequences_first(normalize_before):
+    model = make_transformer(normalize_before=normalize_before)
+    src, mask, queries, pos = make_input()
+    seen = []
+    model.encoder.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model.decoder.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     with torch.no_grad():
-        out, weights = ours(query, key, value, allowed)
-        expected_out, expected_weights = theirs(query, key, value, attn_mask=~allowed)
-    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
+        expected, expected_memory = model(src, mask, queries, pos)
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            for name in ("self_attn", "multihead_attn"):
+                if hasattr(layer, name):
+                    other = nn.MultiheadAttention(32, 4).eval()
+                    other.load_state_dict(getattr(layer, name).state_dict())
+                    setattr(layer, name, other)
+        decoded, memory = model(src, mask, queries, pos)
+    assert seen[:2] == [(12, 2, 32), (6, 2, 32)]
+    torch.testing.assert_close(decoded, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(memory, expected_memory, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_by_their_published_positional_arguments():
+    """Layers one after another are what the stacks do, and the stacks are what the transformer does."""
+    model = make_transformer()
+    src, mask, queries, pos = make_input()
+    tokens, place, hidden = src.flatten(2).permute(2, 0, 1), pos.flatten(2).permute(2, 0, 1), mask.flatten(1)
+    query_pos = queries[:, None].expand(-1, 2, -1)
+    with torch.no_grad():
+        expected, expected_memory = model(src, mask, queries, pos)
+        memory = tokens
+        for layer in model.encoder.layers:
+            memory = layer(memory, None, hidden, place)
+        assert torch.equal(memory, model.encoder(tokens, None, hidden, place))
+        assert torch.equal(memory.permute(1, 2, 0).view(2, 32, 3, 4), expected_memory)
+        x, layers = torch.zeros(6, 2, 32), []
+        for layer in model.decoder.layers:
+            x = layer(x, memory, None, None, None, hidden, place, query_pos)
+            layers.append(model.decoder.norm(x))
+        decoded = model.decoder(torch.zeros(6, 2, 32), memory, None, None, None, hidden, place, query_pos)
+    assert decoded.shape == (3, 6, 2, 32)
+    torch.testing.assert_close(torch.stack(layers), decoded, rtol=0, atol=1e-6)
+    torch.testing.assert_close(decoded.transpose(1, 2), expected, rtol=0, atol=1e-6)
+    alone = TransformerDecoder(TransformerDecoderLayer(32, 4, 48), 2)
+    assert alone(torch.zeros(6, 2, 32), torch.zeros(5, 2, 32)).shape == (1, 6, 2, 32)
 
 
 def test_dropout_acts_in_training_only():
@@ -246,7 +309,7 @@ def test_activations(activation):
     theirs.load_state_dict(layer.state_dict())
     x = torch.randn(2, 5, 32)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x, torch.zeros_like(x)), theirs(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer(x.transpose(0, 1)).transpose(0, 1), theirs(x), rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_activation_is_refused():

@@ -148,7 +148,7 @@ def randomise_masks(model, images):
     for adapter, feature in zip((head.adapter1, head.adapter2, head.adapter3), features[-2::-1]):
         adapter.weight *= 0.1 / adapter(feature.tensors).std()
     attention.q_linear.weight *= 6
-    head.lay1.weight[:, head.dim:] *= 200
+    head.lay1.weight[:, head.context_dim:] *= 200
 
 
 @pytest.fixture(params=["resnet18", "resnet50"])
