@@ -21,7 +21,7 @@ from util.errors import InputError
 from util.files import open_regular, read_text, shown
 
 __all__ = ["Object", "Picture", "VOC_CLASSES", "VocDetection", "as_coco", "build", "class_problems", "devkit",
-           "find_pictures", "names_of", "naming_part", "num_classes_and_names"]
+           "find_pictures", "names_of", "naming_part", "num_classes_and_names", "read_annotation"]
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -283,6 +283,13 @@ def names_of(pictures: Iterable[Picture]) -> tuple[str, ...]:
 def _read_picture(root: Path, listing: _Listing, name: str, problems: list[Problem]) -> Picture:
     """Reads one image's annotation; what is wrong with it is added to `problems`."""
     path = listing.annotations / f"{name}.xml"
+    objects, file_name = read_annotation(path, problems)
+    image = _image_of(listing.images, name, file_name)
+    return Picture(image.relative_to(root).as_posix(), path, objects)
+
+
+def read_annotation(path: Path, problems: list[Problem]) -> tuple[tuple[Object, ...], str]:
+    """Reads the objects of an XML file and the image's name in it; what is wrong is added to `problems`."""
     where = f"annotation file {shown(path)}"
     elements: list[ElementTree.Element] = []
     file_name = ""
@@ -296,9 +303,7 @@ def _read_picture(root: Path, listing: _Listing, name: str, problems: list[Probl
         problems.append(Problem("annotation_entry", where, f"is not valid XML ({error})"))
     read = [_read_object(element) for element in elements]
     problems += [Problem.of(fault, where) for fault in read if isinstance(fault, Fault)]
-    objects = tuple(item for item in read if isinstance(item, Object))
-    image = _image_of(listing.images, name, file_name)
-    return Picture(image.relative_to(root).as_posix(), path, objects)
+    return tuple(item for item in read if isinstance(item, Object)), file_name
 
 
 def _image_of(folder: Path, name: str, file_name: str) -> Path:

@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.checks import ground_truth_problems, raise_first
+from datasets import voc
+from datasets.checks import Problem, ground_truth_problems, raise_first
 from datasets.coco import class_names, make_coco_transforms, read_ground_truth
 from datasets.image_io import UnreadableImage, decode, warn_once
 from datasets.pretext import list_images
@@ -43,6 +44,7 @@ from util.misc import nested_tensor_from_tensor_list
 from util.ranges import TOOL_RANGES, check_ranges
 
 COCO_NUM_CLASSES = (91, 250)  # of the published detectors and panoptic models
+VOC_FOLDERS = ("Annotations", "JPEGImages", "images")
 VIEWS = ("boxes", "masks", "panoptic")  # what can be shown
 # The least score of what is shown, by the kind of model. A sigmoid's scores are lower: no class takes from the others.
 SOFTMAX_THRESHOLD, SIGMOID_THRESHOLD, PANOPTIC_THRESHOLD = 0.7, 0.3, 0.85
@@ -74,8 +76,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hide_labels", action="store_true", help="draw no names and scores")
     parser.add_argument("--line_width", type=int, metavar="PIXELS",
                         help="width of frames, at least 1 (as the picture's size asks for)")
-    parser.add_argument("--annotations", metavar="JSON", help="COCO-format file with the true objects of images, which "
-                        "are told by their file names: draw them beside what is found")
+    parser.add_argument("--annotations", metavar="JSON_OR_FOLDER", help="COCO-format file, or folder of VOC's XML files, "
+                        "with the true objects of images, which are told by their file names: draw them beside what is "
+                        "found, each class in one colour")
     parser.add_argument("--classes", metavar="JSON", help="COCO annotation file with the names of the classes "
                         "(those in the checkpoint; for 91 or 250 classes without names COCO's); of a panoptic file "
                         "also which are things")
@@ -174,28 +177,55 @@ def is_thing_of(loaded: Loaded, annotation_file: Optional[str]) -> Dict[int, boo
 
 
 class TrueObjects:
-    """The objects that a COCO-format annotation file has for images, which are told by the ends of their paths.
+    """The objects that a COCO-format annotation file, or VOC's XML files in a folder tree, have for images. These are told
+    by the ends of their paths: to XML files without their endings, and whether or not they lie in VOC's folders of images.
+
+    Args:
+        annotations: the file or the folder.
+        classes: names of the model's classes by id, by which its true objects count; others get ids of their own.
 
     Raises:
-        InputError: the file isn't one, or something in it is wrong.
+        InputError: there are no annotations, or something in them is wrong.
     """
 
-    def __init__(self, annotation_file: str) -> None:
-        truth = read_ground_truth(annotation_file)
-        raise_first(ground_truth_problems(truth, annotation_file, num_classes=sys.maxsize))
+    def __init__(self, annotations: str, classes: Optional[Dict[int, str]] = None) -> None:
+        self.is_voc = Path(annotations).is_dir()
+        truth = _read_xml_files(Path(annotations)) if self.is_voc else read_ground_truth(annotations)
+        raise_first(ground_truth_problems(truth, annotations, num_classes=sys.maxsize))
         names = class_names(truth)
+        ids = {name: label for label, name in (classes or {}).items()}
+        if classes:
+            for name in names.values():
+                ids.setdefault(name, max(ids.values()) + 1)
         objects: Dict[int, List[Dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
         for found in truth["annotations"]:
             if found["image_id"] in objects:
                 category = found["category_id"]
-                objects[found["image_id"]].append({"category_id": category, "category_name": name_of(category, names),
+                name = name_of(category, names)
+                objects[found["image_id"]].append({"category_id": ids.get(name, category), "category_name": name,
                                                    "bbox": found["bbox"]})
         self.by_place = {Path(image["file_name"]).parts: objects[image["id"]] for image in truth["images"]}
 
     def of(self, path: Path) -> Optional[List[Dict[str, Any]]]:
         """Return the objects of an image as a view's entries, without scores; None if the file doesn't have the image."""
-        parts = path.parts
+        parts = _place(path.absolute()) if self.is_voc else path.parts
         return next((self.by_place[parts[start:]] for start in range(len(parts)) if parts[start:] in self.by_place), None)
+
+
+def _read_xml_files(folder: Path) -> Dict[str, Any]:
+    """Read all XML files of a folder tree as a COCO dict, whose images have the files' places (see `_place`) for names."""
+    problems: List[Problem] = []
+    pictures = [voc.Picture("/".join(_place(path.relative_to(folder))), path, voc.read_annotation(path, problems)[0])
+                for path in sorted(folder.rglob("*.xml"))]
+    if not pictures:
+        raise InputError(f"--annotations {shown(folder)} has no XML files")
+    raise_first(problems)
+    return voc.as_coco(pictures, dict(enumerate(voc.names_of(pictures), start=1)))
+
+
+def _place(path: Path) -> Tuple[str, ...]:
+    """What an image and its XML file have in common: their paths without ending and without VOC's folders of files."""
+    return tuple(part for part in path.with_suffix("").parts if part not in VOC_FOLDERS)
 
 
 class Detector:
@@ -282,17 +312,17 @@ def draw_beside(picture: Image.Image, image: Tensor, true: Optional[List[Dict[st
 def main(args: argparse.Namespace) -> None:
     """Detect, draw and write; exits with status 1 at the end if some images could not be read."""
     check_ranges(args, TOOL_RANGES)
-    true = TrueObjects(args.annotations) if args.annotations else None
     sources = find_images(args.images, args.output_dir)
     loaded = load_model(args.checkpoint, DETECTOR, args.device, nheads=args.nheads, dilation=args.dilation,
                         val_size=args.val_size, max_size=args.max_size, mask_softmax=args.mask_softmax,
                         apply_exif=args.apply_exif)
     names, things = names_of_classes(loaded, args.classes), is_thing_of(loaded, args.classes)
+    true = TrueObjects(args.annotations, names) if args.annotations else None
     show = view_of(loaded, things, args.show)
     for flag in ("max_detections", "line_width") if show == "panoptic" else ():
         if getattr(args, flag) is not None:
             raise InputError(f"--{flag} is for objects; panoptic maps are shown (--show boxes or masks shows objects)")
-    style = Style(not args.hide_labels, args.line_width)
+    style = Style(not args.hide_labels, args.line_width, by_class=true is not None)
     view = (PanopticView if show == "panoptic" else ObjectView)(names, style)
     threshold = default_threshold(loaded, show) if args.threshold is None else args.threshold
     detector = Detector(loaded, threshold, show == "masks", things if show == "panoptic" else None, args.max_detections)

@@ -16,11 +16,12 @@ from util.panoptic_ids import rgb_to_ids
 
 
 class Style(NamedTuple):
-    """How pictures are drawn: with names and scores or without, and the width of frames (None: as the picture's size
-    asks for)."""
+    """How pictures are drawn: with names and scores or without, the width of frames (None: as the picture's size asks
+    for), and whether objects with masks are coloured by class, as those without are."""
 
     labels: bool = True
     line_width: Optional[int] = None
+    by_class: bool = False
 
 
 class ObjectView:
@@ -52,11 +53,10 @@ class ObjectView:
 
     def draw(self, image: Tensor, found: Dict[str, Tensor], entries: Sequence[Dict[str, Any]]) -> Image.Image:
         """Return the picture of one image. With masks each object has a colour of its own, else each class."""
+        own = "masks" in found and not self.style.by_class
+        colours = [distinct_colour(number if own else entry["category_id"]) for number, entry in enumerate(entries)]
         if "masks" in found:
-            colours = [distinct_colour(number) for number in range(len(entries))]
             image = lay_over(image, [ColouredMask(mask[0], colour) for mask, colour in zip(found["masks"], colours)])
-        else:
-            colours = [distinct_colour(entry["category_id"]) for entry in entries]
         return draw_entries(image, entries, colours, self.style)
 
 

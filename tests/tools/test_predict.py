@@ -14,6 +14,7 @@ from models import build_postprocess
 from tools import predict
 from tools.drawing import LabelledBox, distinct_colour, draw_boxes
 from tools.loading import DETECTOR, load_model
+from util.errors import InputError
 from util.misc import collate_fn
 
 
@@ -210,3 +211,30 @@ def test_images_with_an_orientation_that_is_not_applied_are_counted(detector: Pa
         assert err.count("\n") == count
         if count:
             assert err.startswith(f"warning: 2 of 4 images have an EXIF orientation that is not applied, as {photos}/one.jpg")
+
+
+XML = ("<annotation><object><name>{}</name><bndbox><xmin>11</xmin><ymin>21</ymin><xmax>40</xmax><ymax>60</ymax></bndbox>"
+       "</object></annotation>")
+
+
+@pytest.mark.parametrize("place", ["beside", "devkit", "folder"])
+def test_true_objects_in_xml_files_have_the_models_class(place: str, photos: Path, tmp_path: Path) -> None:
+    """Pixels are counted from 1 and the last one is the object's: 30 x 40 from 10, 20."""
+    xml = {"beside": photos / "below/tall.xml", "folder": tmp_path / "labels/tall.xml",
+           "devkit": tmp_path / "VOC2007/Annotations/tall.xml"}[place]
+    image = tmp_path / "VOC2007/JPEGImages/tall.png" if place == "devkit" else photos / "below/tall.png"
+    xml.parent.mkdir(parents=True, exist_ok=True)
+    xml.write_text(XML.format("square"))
+    folder = {"beside": photos, "devkit": tmp_path, "folder": tmp_path / "labels"}[place]
+    for classes, label in (({7: "square"}, 7), ({7: "disc"}, 8), ({}, 1)):
+        true = predict.TrueObjects(str(folder), classes)
+        assert true.of(image) == [{"category_id": label, "category_name": "square", "bbox": [10, 20, 30, 40]}]
+        assert true.of(photos / "wide.jpg") is None
+
+
+def test_folders_without_whole_xml_files_are_refused(photos: Path) -> None:
+    with pytest.raises(InputError, match=f"^--annotations {photos} has no XML files$"):
+        predict.TrueObjects(str(photos))
+    (photos / "wide.xml").write_text("<annotation>")
+    with pytest.raises(InputError, match=f"^annotation file {photos}/wide.xml is not valid XML"):
+        predict.TrueObjects(str(photos))

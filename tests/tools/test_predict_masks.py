@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as mask_codec
 
 from datasets.image_io import read_image
-from models import NUM_CLASSES
+from models import NUM_CLASSES, fused
 from models.segmentation import PostProcessPanoptic
 from tools import predict
 from tools.drawing import distinct_colour
@@ -48,7 +48,7 @@ def outputs_of(checkpoint: Path, photo: Path) -> Dict[str, torch.Tensor]:
     transform = predict.make_coco_transforms("val", val_size=64, max_size=80)
     image = read_image(photo)[0]
     sample = transform(image)[0]
-    with torch.no_grad():
+    with torch.no_grad(), fused.steps():
         outputs = model(nested_tensor_from_tensor_list([sample]))
     return {**outputs, "original": image.shape[1:], "size": sample.shape[1:]}
 
