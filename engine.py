@@ -166,7 +166,9 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         inputs, targets = to_device(batch, device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             outputs = model(*inputs)
+        padded = getattr(inputs[0], "tensors", inputs[0]).shape[-2:]
         for index, target in enumerate(targets):  # one by one: averages then don't depend on the batches
+            target = _padded_masks(target, *padded)
             losses = as_tensors(criterion(_of_image(outputs, index), [target]), device)
             _log(logger, {**losses, "loss": weighted_sum(losses, criterion.weight_dict)}, criterion.weight_dict)
         original_sizes = torch.stack([target["orig_size"] for target in targets])
@@ -199,6 +201,14 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         save_checkpoint({name: torch.from_numpy(tables[name]) for name in ("precision", "recall", "scores")},
                         os.path.join(output_dir, "eval", "latest.pth"))
     return stats, evaluator
+
+
+def _padded_masks(target: Dict[str, Tensor], height: int, width: int) -> Dict[str, Tensor]:
+    """A target whose masks, if it has any, are as large as the batch, in which masks are predicted; padding is background."""
+    if "masks" not in target:
+        return target
+    masks = target["masks"]
+    return {**target, "masks": nn.functional.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))}
 
 
 def _of_image(outputs: Any, index: int) -> Any:

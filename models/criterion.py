@@ -289,7 +289,8 @@ class SetCriterion(nn.Module):
         """`loss_object_embedding` [1]: mean absolute difference of the predicted and true embeddings' numbers, summed
         over the last layer's pairs, per region (Bar et al., 2022, sec. 3.2). Patch j of an image is its target j."""
         predicted = stacked["pred_features"][0, matching.image[-1], matching.query[-1]]
-        expected = self.embedder(torch.cat([target["patches"] for target in targets])).float()[matching.target[-1]]
+        embeddings = self.embedder(torch.cat([target["patches"] for target in targets]))
+        expected = embeddings.to(predicted.dtype)[matching.target[-1]]
         return {"loss_object_embedding": (predicted - expected).abs().mean(1).sum()[None] / num_boxes}
 
     def _matched(self, values: Tensor, matching: Matching) -> Tensor:

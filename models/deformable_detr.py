@@ -109,7 +109,7 @@ class DeformableDETR(nn.Module):
     def decode_learned_queries(self, encoded: Encoded) -> Tuple[Tensor, List[Tensor]]:
         """Decoder outputs [L, B, N, d] of the learned queries, and the reference points of each layer."""
         query_pos, tgt = self.query_embed.weight.expand(encoded.memory.shape[0], -1, -1).chunk(2, dim=-1)
-        reference = self.transformer.reference_points(query_pos).float().sigmoid()
+        reference = self.transformer.reference_points(query_pos).sigmoid()
         return self.transformer.decode(encoded, tgt, query_pos, reference)
 
     def proposals(self, encoded: Encoded) -> Tuple[Tensor, Tensor]:

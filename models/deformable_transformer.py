@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dropout import Dropout
+from models.heads import HeadLinear
 from models.ms_deform_attn import Levels, MSDeformAttn, make_levels
 from models.transformer import FeedForward, MultiheadAttention, _get_clones
 from util import recipes
@@ -186,7 +187,7 @@ class DeformableTransformer(nn.Module):
             self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
             self.pos_trans_norm = nn.LayerNorm(2 * d_model)
         else:
-            self.reference_points = nn.Linear(d_model, 2)
+            self.reference_points = HeadLinear(d_model, 2)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:

@@ -26,15 +26,14 @@ class DETR(nn.Module):
     def __init__(self, backbone: nn.Module, transformer: nn.Module, num_classes: int, num_queries: int,
                  aux_loss: bool = False) -> None:
         super().__init__()
-        self.num_queries = num_queries
-        self.transformer = transformer
-        hidden_dim = transformer.d_model
-        self.class_embed = HeadLinear(hidden_dim, num_classes + 1)
-        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
-        self.query_embed = nn.Embedding(num_queries, hidden_dim)
-        self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
+        # The order of the layers decides what weights each draws, and the order of the names in a checkpoint.
+        width = transformer.d_model
+        self.transformer, self.num_queries, self.aux_loss = transformer, num_queries, aux_loss
+        self.class_embed = HeadLinear(width, num_classes + 1)  # one more for no object
+        self.bbox_embed = MLP(width, width, 4, num_layers=3)
+        self.query_embed = nn.Embedding(num_queries, width)
+        self.input_proj = nn.Conv2d(backbone.num_channels, width, 1)
         self.backbone = backbone
-        self.aux_loss = aux_loss
 
     def forward(self, samples: NestedTensor):
         """Predict the objects of a batch.

@@ -1,4 +1,4 @@
-"""The layers between the decoder's last hidden state and classes, boxes and features: float32 also under autocast.
+"""The layers that make classes, boxes and features of hidden states: float32 also under autocast.
 
 A box in bfloat16 has eight significant bits: too few for COCO's higher IoU thresholds.
 """

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from util.misc import at_least_float32
 from util.panoptic_ids import ids_to_rgb
 
 RESIZED_AT_ONCE = 10  # masks that are enlarged at a time: at full resolution, as floats, they are what takes memory
@@ -43,7 +44,7 @@ class PostProcessSegm(nn.Module):
         sizes, originals = _pairs(max_target_sizes), _pairs(orig_target_sizes)
         padded = _padded_size(sizes)
         for result, masks, size, original in zip(results, outputs["pred_masks"], sizes, originals):
-            parts = [self._resize(part, padded, size, original) for part in masks.float().split(RESIZED_AT_ONCE)]
+            parts = [self._resize(part, padded, size, original) for part in at_least_float32(masks).split(RESIZED_AT_ONCE)]
             result["masks"] = torch.cat(parts)
         return results
 
@@ -93,13 +94,13 @@ class PostProcessPanoptic(nn.Module):
         targets = sizes if target_sizes is None else _pairs(target_sizes)
         if len(targets) != len(sizes):
             raise ValueError(f"{len(targets)} target sizes came with {len(sizes)} processed sizes")
-        probabilities, labels = outputs["pred_logits"].float().softmax(-1).max(-1)
+        probabilities, labels = at_least_float32(outputs["pred_logits"]).softmax(-1).max(-1)
         padded, no_object = _padded_size(sizes), outputs["pred_logits"].shape[-1] - 1
         results = []
         for i, (size, target) in enumerate(zip(sizes, targets)):
             known = torch.tensor([label in self.is_thing_map for label in labels[i].tolist()], dtype=torch.bool)
             kept = known.to(labels.device) & (probabilities[i] > self.threshold) & (labels[i] != no_object)
-            masks = _enlarge(outputs["pred_masks"][i, kept].float(), padded, size)
+            masks = _enlarge(at_least_float32(outputs["pred_masks"][i, kept]), padded, size)
             results.append(self._panoptic(masks, labels[i, kept].tolist(), target))
         return results
 

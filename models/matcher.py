@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.classification import Classification, FocalClassification, SoftmaxClassification
 from util import recipes
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
+from util.misc import at_least_float32
 
 
 class NonFinitePredictionError(FloatingPointError):
@@ -98,14 +99,14 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[Dict[str, Tensor]]) -> Tensor:
-        """Cost of every target with every query of its own image, [L, T, N] in float32; T counts the batch's targets."""
+        """Cost of every target with every query of its own image, [L, T, N] in float32, or the predictions' float64; T counts the batch's targets."""
         sizes = torch.tensor([len(target["labels"]) for target in targets])
         labels = torch.cat([target["labels"] for target in targets])
-        target_boxes = torch.cat([target["boxes"] for target in targets]).float()
+        target_boxes = torch.cat([target["boxes"] for target in targets])
         image = torch.repeat_interleave(torch.arange(len(targets)), sizes).to(labels.device, non_blocking=True)
-        predicted = boxes.float()[:, image]
-        expected = target_boxes[None, :, None]
-        cost = self.cost_class * self.classification.matching_cost(logits.float(), image, labels)
+        predicted = at_least_float32(boxes)[:, image]
+        expected = target_boxes.to(predicted.dtype)[None, :, None]
+        cost = self.cost_class * self.classification.matching_cost(at_least_float32(logits), image, labels)
         cost = cost + self.cost_bbox * (predicted - expected).abs().sum(-1)
         giou = aligned_generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(expected))
         return cost - self.cost_giou * giou

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss as focal_loss
 
 from models.mask_results import PostProcessPanoptic, PostProcessSegm
-from util.misc import NestedTensor, nested_tensor_from_tensor_list
+from util.misc import NestedTensor, at_least_float32, nested_tensor_from_tensor_list
 
 __all__ = ["DETRsegm", "MHAttentionMap", "MaskHeadSmallConv", "PostProcessPanoptic", "PostProcessSegm", "dice_loss",
            "sigmoid_focal_loss"]
@@ -66,26 +66,43 @@ class DETRsegm(nn.Module):
         projected = self.detr.input_proj(src)
         decoded, memory = self.detr.transformer(projected, mask, self.detr.query_embed.weight, position)
         out = self.detr.predictions(decoded)
-        attention = self.bbox_attention(decoded[-1], memory, mask)
-        maps = [features[2].tensors, features[1].tensors, features[0].tensors]
-        if self.training or self.min_score <= 0:
-            masks = self.mask_head(projected, attention, maps)
-            out["pred_masks"] = masks[:, 0].unflatten(0, [attention.shape[0], attention.shape[1]])
+        wanted: Optional[Tensor] = None
+        if not self.training and self.min_score > 0:
+            wanted = at_least_float32(out["pred_logits"]).softmax(-1)[:, :, :-1].amax(-1) >= self.min_score
+        inputs = [decoded[-1], memory, projected, features[2].tensors, features[1].tensors, features[0].tensors]
+        if torch.jit.is_scripting():
+            out["pred_masks"] = self._masks(inputs, mask, wanted)
         else:
-            wanted = out["pred_logits"].float().softmax(-1)[:, :, :-1].amax(-1) >= self.min_score
-            out["pred_masks"] = self._some_masks(projected, attention, maps, wanted)
+            out["pred_masks"] = self._masks_without_autocast(inputs, mask, wanted)
         return out
+
+    @torch.jit.unused
+    def _masks_without_autocast(self, inputs: List[Tensor], mask: Optional[Tensor], wanted: Optional[Tensor]) -> Tensor:
+        device = inputs[0].device.type
+        if not torch.is_autocast_enabled(device):  # programs that are exported then hold no such scope
+            return self._masks(inputs, mask, wanted)
+        with torch.autocast(device, enabled=False):
+            full = [tensor.to(self.mask_head.out_lay.weight.dtype) for tensor in inputs]
+            return self._masks(full, mask, wanted)
+
+    def _masks(self, inputs: List[Tensor], mask: Optional[Tensor], wanted: Optional[Tensor]) -> Tensor:
+        """Last outputs, memory, projected map, three finer maps -> mask logits of all queries, or of the wanted ones."""
+        attention = self.bbox_attention(inputs[0], inputs[1], mask)
+        if wanted is None:
+            masks = self.mask_head(inputs[2], attention, inputs[3:])
+            return masks[:, 0].unflatten(0, [attention.shape[0], attention.shape[1]])
+        return self._some_masks(inputs[2], attention, inputs[3:], wanted)
 
     def _some_masks(self, projected: Tensor, attention: Tensor, maps: List[Tensor], wanted: Tensor) -> Tensor:
         """Mask logits [B, N, H, W] of the queries that `wanted` (bool [B, N]) names; the other masks are empty."""
         height, width = maps[-1].shape[-2], maps[-1].shape[-1]
         # A logit that no threshold lets through, yet finite, since masks are interpolated.
-        masks = torch.full([wanted.shape[0], wanted.shape[1], height, width], -1e4, device=projected.device)
+        masks = projected.new_full([wanted.shape[0], wanted.shape[1], height, width], -1e4)
         for i in range(wanted.shape[0]):
             queries = wanted[i].nonzero()[:, 0]
             if len(queries) > 0:
                 mine = [level[i:i + 1] for level in maps]
-                masks[i, queries] = self.mask_head(projected[i:i + 1], attention[i:i + 1, queries], mine)[:, 0].float()
+                masks[i, queries] = self.mask_head(projected[i:i + 1], attention[i:i + 1, queries], mine)[:, 0]
         return masks
 
 

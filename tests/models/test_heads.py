@@ -39,3 +39,35 @@ def test_losses_of_a_float64_model_are_float64(tiny_args, images, targets):
     out = detector.double()([image.double() for image in images] if isinstance(images, list) else images.to(torch.float64))
     losses = criterion.double()(out, [{**target, "boxes": target["boxes"].double()} for target in targets])
     assert {losses[name].dtype for name in ("loss_ce", "loss_bbox", "loss_giou")} == {torch.float64}
+
+
+def test_masks_under_autocast_are_those_of_the_widened_hidden_states(tiny_args, images):
+    segmenter = build_model(tiny_args(masks=True))[0].eval()
+    seen = {}
+    segmenter.mask_head.register_forward_pre_hook(lambda head, inputs: seen.update(inputs=inputs))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        masks = segmenter(images)["pred_masks"]
+    assert all(tensor.dtype == torch.float32 for tensor in (*seen["inputs"][:2], *seen["inputs"][2]))
+    with torch.no_grad():
+        assert masks.flatten().equal(segmenter.mask_head(*seen["inputs"]).flatten())
+
+
+def test_reference_points_are_not_rounded(tiny_args, images):
+    detector = build_model(tiny_args(model="deformable_detr"))[0].eval()
+    seen = {}
+    detector.transformer.reference_points.register_forward_hook(lambda layer, inputs, out: seen.update(out=out))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        detector(images)
+    position = detector.query_embed.weight[:, :detector.transformer.d_model]
+    torch.testing.assert_close(seen["out"][0], detector.transformer.reference_points(position), rtol=1e-6, atol=1e-6)
+
+
+def test_losses_of_embeddings_of_a_float64_model_are_float64(tiny_args):
+    model, criterion, _ = build_model(tiny_args(
+        model="deformable_detr", dataset_file="regions", num_classes=None, object_embedding_loss=True, load_embedding="none"))
+    criterion.embedder.network.double()
+    target = {"labels": torch.ones(1, dtype=torch.int64), "boxes": torch.full((1, 4), 0.4, dtype=torch.float64),
+              "patches": torch.randn(1, 3, 32, 32, dtype=torch.float64)}
+    outputs = model.double().eval()(torch.randn(1, 3, 128, 128, dtype=torch.float64))
+    losses = criterion.double()(outputs, [target])
+    assert {losses[name].dtype for name in losses if name in criterion.weight_dict} == {torch.float64}
