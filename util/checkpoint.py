@@ -256,21 +256,26 @@ def model_state(checkpoint: Dict[str, Any], location: str) -> Dict[str, Tensor]:
     state = {name: value for name, value in find_weights(checkpoint).items() if not name.endswith(".num_batches_tracked")}
     if not state:
         raise InputError(f"{location} holds no model weights under 'model'")
-    return _voc_labels_from_one(state, checkpoint)
+    if not counts_voc_from_zero(checkpoint):
+        return state
+    outputs = VOC_OUTPUTS if is_deformable(state) else VOC_OUTPUTS + 1  # softmax has no object on top
+    return {name: voc_labels_from_one(value) if is_class_head(name) and len(value) == outputs else value
+            for name, value in state.items()}
 
 
-def _voc_labels_from_one(state: Dict[str, Tensor], checkpoint: Dict[str, Any]) -> Dict[str, Tensor]:
-    """Shift the class heads of a model that DETReg's program fine-tuned on VOC: it counts labels from 0, this one from 1.
+def counts_voc_from_zero(checkpoint: Dict[str, Any]) -> bool:
+    """Whether DETReg's program fine-tuned a checkpoint's model on VOC: it counts labels from 0, this one from 1."""
+    stored = stored_flags(checkpoint)
+    ours = "class_names" in checkpoint or "load_embedding" in stored  # the one is in our checkpoints, the other a flag of ours
+    return not ours and "voc" in (stored.get("dataset"), stored.get("dataset_file"))
+
+
+def voc_labels_from_one(rows: Tensor) -> Tensor:
+    """Shift the rows of such a model's class head, or of their moments, from labels 0 … 19 to 1 … 20.
 
     Of its 21 outputs the last is then unused, which becomes label 0. UP-DETR's VOC models have 20 and count from 1.
     """
-    stored = stored_flags(checkpoint)
-    ours = "class_names" in checkpoint or "load_embedding" in stored  # the one is in our checkpoints, the other a flag of ours
-    if ours or "voc" not in (stored.get("dataset"), stored.get("dataset_file")):
-        return state
-    outputs = VOC_OUTPUTS if is_deformable(state) else VOC_OUTPUTS + 1  # softmax has no object on top
-    return {name: torch.cat([value[:VOC_OUTPUTS].roll(1, 0), value[VOC_OUTPUTS:]])
-            if _is_class_head(name) and len(value) == outputs else value for name, value in state.items()}
+    return torch.cat([rows[:VOC_OUTPUTS].roll(1, 0), rows[VOC_OUTPUTS:]])
 
 
 def is_deformable(state: Dict[str, Tensor]) -> bool:
@@ -326,7 +331,7 @@ def load_model_strictly(model: nn.Module, checkpoint: Dict[str, Any], location: 
     differing = [name for name in own if name not in state] + [name for name in state if name not in own] + \
                 [name for name in own if name in state and own[name].shape != state[name].shape]
     if differing:
-        pretext = "patch2query.weight" in state or EMBEDDING_HEAD in state or all(map(_is_class_head, differing))
+        pretext = "patch2query.weight" in state or EMBEDDING_HEAD in state or all(map(is_class_head, differing))
         hint = "; to start a fine-tuning from it use --pretrain" if pretext else ""
         kind, described = describe_kind(state), describe_kind(own)
         kinds = f"{kind}, as the flags describe" if kind == described else f"{kind} but the flags describe {described}"
@@ -361,7 +366,7 @@ def load_pretrained(model: nn.Module, checkpoint: Dict[str, Any], location: str,
         pretext_only = pretext_only or reset_classes
     state = _named_like(own, state)
     fits = {name: value for name, value in state.items()
-            if name in own and own[name].shape == value.shape and not (pretext_only and _is_class_head(name))}
+            if name in own and own[name].shape == value.shape and not (pretext_only and is_class_head(name))}
     report = {"loaded": sorted(fits), "skipped": sorted(set(state) - set(fits)), "missed": sorted(set(own) - set(fits))}
     if is_deformable(state) != is_deformable(own):
         raise InputError(f"--pretrain {location} holds {describe_kind(state)} but the flags describe "
@@ -389,7 +394,8 @@ def _named_like(own: Dict[str, Tensor], state: Dict[str, Tensor]) -> Dict[str, T
     return state
 
 
-def _is_class_head(name: str) -> bool:
+def is_class_head(name: str) -> bool:
+    """Tell whether a tensor's name is that of a class head, in any detector."""
     # A two-stage Deformable DETR names them twice.
     return name.removeprefix(MASKED).removeprefix("transformer.decoder.").startswith("class_embed.")
 

@@ -11,7 +11,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import torch
 from torch import nn
 
-from util.checkpoint import first_sentence, load_model_strictly, random_state, set_random_state, stored_flags
+from util.checkpoint import (VOC_OUTPUTS, counts_voc_from_zero, first_sentence, is_class_head, is_deformable,
+                             load_model_strictly, random_state, set_random_state, stored_flags, voc_labels_from_one)
 from util.distributed import all_gather, get_rank, get_world_size, is_main_process, print_main
 from util.errors import InputError
 from util.files import open_regular
@@ -117,6 +118,8 @@ class TrainingState:
         except ValueError as error:
             raise InputError(f"--resume {location}: its optimizer state doesn't fit the flags ({error}); "
                              "does --lr_backbone or --frozen_weights freeze other layers now?") from error
+        if counts_voc_from_zero(checkpoint):
+            self._shift_moments()
         lay_out_like_parameters(self.optimizer)
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         self._keep_given_rates(given)
@@ -141,6 +144,15 @@ class TrainingState:
         place = f" after step {self.so_far.step - 1}" if self.so_far.step else ""
         print_main(f"resume: {location}, continuing with epoch {self.epoch}{place}")
 
+
+    def _shift_moments(self) -> None:
+        """Let the moments of the class heads follow their weights, whose labels now count from 1 (`model_state`)."""
+        outputs = VOC_OUTPUTS if is_deformable(self.model.state_dict()) else VOC_OUTPUTS + 1
+        for name, parameter in self.model.named_parameters():
+            moments = self.optimizer.state.get(parameter, {}) if is_class_head(name) and len(parameter) == outputs else {}
+            for key, value in moments.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    moments[key] = voc_labels_from_one(value)
 
     def _require_same_optimizer(self, checkpoint: Dict[str, Any], location: str) -> None:
         now = "betas" not in self.optimizer.param_groups[0]

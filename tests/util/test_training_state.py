@@ -273,3 +273,33 @@ def test_another_optimizer_is_refused():
     for first, later, words in (((), ("--sgd",), "AdamW, .* without --sgd"), (("--sgd",), (), "SGD, .* with --sgd")):
         with pytest.raises(InputError, match=f"^--resume a.pth was trained by {words}"):
             resumed(first, later, epoch=0)
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_moments_of_class_heads_follow_labels_that_counted_from_zero(published):
+    """DETReg's program counts VOC's labels from 0 to 19; of a checkpoint of ours nothing is shifted."""
+    def make():
+        model = nn.Module()
+        model.class_embed = nn.ModuleList([nn.Linear(2, 21)])
+        model.transformer = nn.Module()
+        model.transformer.level_embed = nn.Parameter(torch.zeros(4, 2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return TrainingState(model, optimizer, DropAfterEpochs(optimizer, [1]),
+                             torch.amp.GradScaler("cpu", enabled=False), {})
+
+    stored = make()
+    for number, parameter in enumerate(stored.model.parameters()):
+        parameter.grad = (torch.arange(len(parameter), dtype=torch.float32) + number)[(...,) + (None,) * (parameter.dim() - 1)] \
+            .expand_as(parameter).clone()
+    stored.optimizer.step()
+    checkpoint = {"model": copy.deepcopy(stored.model.state_dict()), "optimizer": stored.optimizer.state_dict(), "epoch": 3,
+                  "lr_scheduler": stored.lr_scheduler.state_dict(), "args": {"dataset": "voc"}}
+    resumed = make()
+    resumed.resume(copy.deepcopy(checkpoint if published else {**checkpoint, "class_names": {}}), "a.pth")
+    rows = [20, *range(20)] if published else list(range(21))  # the unused output becomes label 0
+    for name, parameter in resumed.model.named_parameters():
+        was = dict(stored.model.named_parameters())[name]
+        order = rows if name.startswith("class_embed") else list(range(len(was)))
+        assert torch.equal(parameter, was[order])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(resumed.optimizer.state[parameter][moment], stored.optimizer.state[was][moment][order])
