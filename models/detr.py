@@ -63,13 +63,12 @@ class DETR(nn.Module):
         logits = self.class_embed(decoded)
         boxes = self.bbox_embed(decoded).sigmoid()
         out = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
-        if self.aux_loss:
-            out["aux_outputs"] = self._set_aux_loss(logits, boxes)
+        if not torch.jit.is_scripting():  # where a dict of tensors can't hold a list
+            if self.aux_loss:
+                out["aux_outputs"] = self._set_aux_loss(logits, boxes)
         return out
 
-    @torch.jit.unused
     def _set_aux_loss(self, logits: Tensor, boxes: Tensor):
-        # Without a return type TorchScript takes the list for a tensor, which lets it stand in a dict of tensors.
         return [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits[:-1], boxes[:-1])]
 
 
