@@ -4,28 +4,27 @@ import http.client
 import os
 import pathlib
 import re
-import socket
 import tarfile
 import zipfile
 from typing import Any, Dict, List, Optional
-from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
 
 from util.distributed import print_main
+from util.download import fetch
 from util.errors import InputError
+from util.files import shown
 from util.unwrap import find_weights, numpy_globals
 
 # Besides tensors and plain containers, published checkpoints hold the flags of their training as a Namespace, some with
 # paths; other programs keep numbers of numpy. All are inert; everything else a pickle could name is refused by torch's weights-only loader.
 torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, *numpy_globals()])
 
-DOWNLOAD_TIMEOUT_S = 30
+IS_URL = re.compile("https?://", re.IGNORECASE)
 VOC_OUTPUTS = 21  # of detectors of VOC's 20 classes
 MASKED = "detr."  # precedes the names of a detector that has a mask head
 EMBEDDING_HEAD = "feature_embed.layers.0.weight"  # only DETReg's pre-training models have it
-HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,64})\.")
 # How torch's weights-only loader says that a pickle names something it would have to import or call.
 NAMED = re.compile(r"(?:GLOBAL|global:?|class) ([a-zA-Z_][\w.]*\.[\w.]*\w)")  # … and which it is
 NOT_PLAIN = re.compile(r"Unsupported (global|class)|unsupported GLOBAL|unrecognized function", re.IGNORECASE)
@@ -43,7 +42,7 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
     Raises:
         InputError: if it can't be had, isn't whole, or holds anything but tensors and plain data.
     """
-    downloaded = urlparse(str(location)).scheme in ("http", "https")
+    downloaded = IS_URL.match(str(location)) is not None
     path = _download(location, flag) if downloaded else str(location)
     given = _given(flag, location if downloaded else path)
     if not os.path.isfile(path):
@@ -92,38 +91,16 @@ def load_plain(path: str, mmap: bool = False) -> Any:
 
 
 def _download(url: str, flag: str) -> str:
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    name = os.path.basename(urlparse(url).path)
-    found = HASH_IN_NAME.search(name)
-    path = os.path.join(folder, name)
-    source = path + ".url"  # many files are called checkpoint.pth: remember which of them this one is
-    if os.path.exists(path) and (found or not os.path.exists(source) or _read(source) == url):
-        return path
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
-        os.makedirs(folder, exist_ok=True)
-        print_main(f"downloading {url} to {path}")
-        torch.hub.download_url_to_file(url, path, hash_prefix=found.group(1) if found else None, progress=False)
-        if not found:
-            with open(source, "w") as file:
-                file.write(url)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"{flag.rstrip('=')}: {url} could not be downloaded ({first_sentence(error)}); "
+        return fetch(url)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise InputError(f"{flag.rstrip('=')}: {shown(url)} could not be downloaded ({first_sentence(error)}); "
                          f"fetch it on another machine and pass {_given(flag, 'FILE')}") from error
-    finally:
-        socket.setdefaulttimeout(previous)
-    return path
 
 
 def _given(flag: str, value: str) -> str:
     """How the user wrote it: `--resume FILE` on a command line, `pretrained=FILE` in a call."""
     return f"{flag}{value}" if flag.endswith("=") else f"{flag} {value}"
-
-
-def _read(path: str) -> str:
-    with open(path) as file:
-        return file.read()
 
 
 def first_sentence(error: BaseException) -> str:

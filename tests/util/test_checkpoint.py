@@ -1,5 +1,6 @@
 """A checkpoint on disk is whole or absent, reading one never executes code, and every mistake is one sentence."""
 import argparse
+import concurrent.futures
 import copy
 import hashlib
 import http.server
@@ -12,11 +13,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 import torch
 
 from models import build_model
+from util import download
 from util.checkpoint import (checkpoint_args, counts_from_centre, describe_kind, load_checkpoint, load_model_strictly,
                              load_pretrained, model_state, random_state, save_checkpoint, set_random_state)
 from util.errors import InputError
@@ -182,7 +185,7 @@ DIGEST = hashlib.sha256(WHOLE).hexdigest()
 
 
 class Files(http.server.BaseHTTPRequestHandler):
-    """Serves one checkpoint under several names; `/cut` promises more than it sends."""
+    """Serves one checkpoint under several names; `/cut` promises more than it sends, `/drip` takes its time."""
 
     requests = []
 
@@ -194,6 +197,12 @@ class Files(http.server.BaseHTTPRequestHandler):
         body = {"/page.pth": b"<html>please log in</html>", "/b/checkpoint.pth": content({"epoch": 2}),
                 "/a/checkpoint.pth": content({"epoch": 1})}.get(self.path, WHOLE)
         self.send_response(200)
+        if self.path.startswith("/drip"):
+            self.end_headers()
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+            return
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[:len(body) // 2] if self.path.startswith("/cut") else body)
@@ -268,7 +277,7 @@ def test_a_broken_download_does_not_stay(server, tmp_path, name):
 
 def test_files_of_one_name_from_different_places_are_told_apart(server):
     assert [load_checkpoint(f"{server}/{folder}/checkpoint.pth")["epoch"] for folder in "aabba"] == [1, 1, 2, 2, 1]
-    assert Files.requests == ["/a/checkpoint.pth", "/b/checkpoint.pth", "/a/checkpoint.pth"]
+    assert Files.requests == ["/a/checkpoint.pth", "/b/checkpoint.pth"]
 
 
 def test_a_file_put_into_the_cache_by_hand_is_used(server, tmp_path):
@@ -276,6 +285,35 @@ def test_a_file_put_into_the_cache_by_hand_is_used(server, tmp_path):
     save_checkpoint({"epoch": 8}, str(tmp_path / "cache" / "hub" / "checkpoints" / "swav_800ep_pretrain.pth.tar"))
     assert load_checkpoint(f"{server}/deepcluster/swav_800ep_pretrain.pth.tar") == {"epoch": 8}
     assert Files.requests == []
+
+
+def test_a_server_that_drips_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "STALL_S", 0.3)
+    with pytest.raises(InputError, match=r"could not be downloaded \(timed out: \d+ bytes came within 0.3 seconds\)"):
+        load_checkpoint(f"{server}/drip.pth")
+    assert not [path for path in (tmp_path / "cache").rglob("*drip*")]
+
+
+def test_a_cached_file_that_changed_since_is_fetched_anew(server, tmp_path):
+    name = f"detr-{DIGEST[:8]}.pth"
+    load_checkpoint(f"{server}/{name}")
+    (tmp_path / "cache" / "hub" / "checkpoints" / name).write_bytes(content({"model": {"weight": torch.zeros(3)}}))
+    assert load_checkpoint(f"{server}/{name}")["model"]["weight"].sum() == 10000
+    assert Files.requests == [f"/{name}"] * 2
+
+
+def test_one_of_several_downloads_and_the_others_wait(server):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(download.fetch, [f"{server}/weights.pth"] * 4))
+    assert len(set(found)) == 1 and Files.requests == ["/weights.pth"]
+
+
+@pytest.mark.parametrize("url", ["http://[bad", "http://", "https://host/", "http://host:port/a.pth", "http://host/a/..",
+                                 "http://ho st/a.pth", "http://127.0.0.1:1/\u00e4.pth", "http://127.0.0.1:1/" + "a" * 300,
+                                 "http://127.0.0.1:1/a\0b.pth", "HTTP://127.0.0.1:1/\udc80.pth", "http://.../a.pth"])
+def test_malformed_addresses(server, url):
+    with pytest.raises(InputError, match=r"^--resume: .* could not be downloaded \(.+\); fetch it on another machine"):
+        load_checkpoint(url)
 
 
 def test_a_cache_that_cannot_be_written(server, tmp_path):
