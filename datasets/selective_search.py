@@ -1,9 +1,9 @@
 """Region proposals without labels: selective search (Uijlings et al., 2013) as DETReg uses it (section 3.1).
 
-The search groups the segments of an image step by step into larger ones, in several hierarchies; every segment and group
-is a region. OpenCV's `createSelectiveSearchSegmentation` returns them in an order that it draws anew at each call, without
-the levels that it draws it by. Here the same regions are found with OpenCV's own segmentations and similarities, and come with their
-levels, so that such an order can be drawn at any time, from any random source.
+The search groups the segments of an image step by step into larger ones, in several hierarchies; every segment
+and group is a region. OpenCV's `createSelectiveSearchSegmentation` returns them in an order that it draws anew at
+each call, without the levels that it draws it by. Here the same regions are found with OpenCV's own segmentations
+and similarities, and come with their levels, so that such an order can be drawn at any time, from any random source.
 """
 from __future__ import annotations
 
@@ -122,8 +122,9 @@ def _group_all(image: Tensor) -> list[tuple[int, ...]]:
 
 
 def _group(image: np.ndarray, segments: np.ndarray, similarity: Any, number: int) -> list[tuple[int, ...]]:
-    """Merges the two most similar neighbours until no neighbours are left; returns all regions (x0, y0, x1, y1, level)
-    in the order in which they come into being.
+    """Merges the two most similar neighbours until no neighbours are left.
+
+    Returns all regions, (x0, y0, x1, y1, level), in the order in which they come into being.
 
     Args:
         image: uint8 [GRID, GRID, 3].
@@ -131,9 +132,11 @@ def _group(image: np.ndarray, segments: np.ndarray, similarity: Any, number: int
         similarity: OpenCV's strategy.
         number: tells images and segmentations apart.
     """
-    sizes = np.bincount(segments.ravel()).astype(np.int32)[:, None]  # shared with OpenCV, which reads what changes here
+    # Shared with OpenCV, which reads what changes here.
+    sizes = np.bincount(segments.ravel()).astype(np.int32)[:, None]
     similarity.setImage(image, segments, sizes, number)
-    regions = [(columns.start, rows.start, columns.stop, rows.stop, 1) for rows, columns in find_objects(segments + 1)]
+    regions = [(columns.start, rows.start, columns.stop, rows.stop, 1)
+               for rows, columns in find_objects(segments + 1)]
     names = list(range(len(regions)))  # by which the similarities know a region: a group has that of one of its parts
     similar = {pair: similarity.get(*pair) for pair in _neighbours(segments)}
     while similar:
