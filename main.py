@@ -491,6 +491,8 @@ def describe_classes(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
         return {}, {}
     given = args.num_classes
     args.num_classes, class_names = num_classes_and_names(args)
+    if args.eval and not args.masks:
+        _check_classes(args, checkpoint, given)
     whole = args.resume or args.frozen_weights  # a model, or a detector, that has to fit as it is
     if whole and args.masks and given is None:
         stored = num_outputs(model_state(checkpoint, whole)) - 1
@@ -499,6 +501,16 @@ def describe_classes(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Tu
             args.num_classes = stored
             class_names = {**(checkpoint.get("class_names") or {}), **class_names}
     return class_names, is_thing_map(args) if args.dataset_file == "coco_panoptic" else {}
+
+
+def _check_classes(args: argparse.Namespace, checkpoint: Dict[str, Any], given: Optional[int]) -> None:
+    """Raise InputError, with the number of classes to give, if the model to be evaluated has another one."""
+    stored = model_flags(checkpoint, args.resume, args.given.get("nheads")).get("num_classes", args.num_classes)
+    if given not in (None, stored):
+        raise InputError(f"--num_classes {given} contradicts --resume {args.resume}, whose model has {stored}")
+    if args.num_classes != stored:
+        raise InputError(f"--resume {args.resume} has a model of {stored} classes but the annotations need "
+                         f"{args.num_classes}; to evaluate it as it is, give --num_classes {stored}")
 
 
 def has_idle_heads(args: argparse.Namespace) -> bool:

@@ -32,9 +32,10 @@ from util.files import open_regular, read_json, shown
 
 __all__ = [
     "CROP_RESIZES", "CROP_SIZES", "CocoDetection", "ConvertCocoPolysToMask", "DetectionDataset", "build",
-    "check_ground_truth", "class_names", "convert_coco_poly_to_mask", "forget_files", "image_folder", "index_ground_truth", "index_instances", "locate", "make_coco_transforms",
-    "num_classes_and_names", "num_classes_of", "paths", "read_ground_truth", "report_left_out", "training_augmentation",
-    "training_categories", "transform_sizes",
+    "check_ground_truth", "class_names", "convert_coco_poly_to_mask", "forget_files", "image_folder",
+    "index_ground_truth", "index_instances", "locate", "make_coco_transforms", "may_know_fewer", "num_classes_and_names",
+    "num_classes_of", "paths", "read_ground_truth", "report_left_out", "training_augmentation", "training_categories",
+    "transform_sizes",
 ]
 
 TRAIN_SIZES = tuple(range(480, 801, 32))
@@ -66,11 +67,16 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     training = image_set == "train" and augment
     dataset = CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
-                            num_classes=num_classes, restrict=restriction(image_set, args), training=training,
+                            num_classes=num_classes, fewer_classes=may_know_fewer(args), restrict=restriction(image_set, args), training=training,
                             apply_exif=bool(getattr(args, "apply_exif", False)))
     if training:
         forget_files()
     return dataset
+
+
+def may_know_fewer(args: argparse.Namespace) -> bool:
+    """Tells whether the model that is evaluated may know fewer classes than the annotations hold: `--num_classes` says so."""
+    return bool(args.eval) and "num_classes" in args.given
 
 
 def num_classes_and_names(args: argparse.Namespace, ann_file_of: AnnFileOf | None = None) -> tuple[int, dict[int, str]]:
@@ -203,6 +209,7 @@ class DetectionDataset(Dataset):
         return_masks: whether targets hold `masks`.
         seed: seed of the run.
         remove_difficult: leave annotations marked `difficult` out of the targets.
+        num_classes: objects of higher labels, which the model doesn't know, are left out of the targets; None for none.
         training: whether this is for training or for evaluation.
         apply_exif: turn images as their EXIF orientation says; the annotations are those of the turned images.
         coco: an empty `COCO` object to fill with the ground truth; None for an ordinary one.
@@ -223,6 +230,7 @@ class DetectionDataset(Dataset):
         *,
         seed: int = 0,
         remove_difficult: bool = False,
+        num_classes: int | None = None,
         training: bool = False,
         apply_exif: bool = False,
         coco: COCO | None = None,
@@ -233,6 +241,7 @@ class DetectionDataset(Dataset):
         self.return_masks = return_masks
         self.seed = seed
         self.remove_difficult = remove_difficult
+        self.num_classes = num_classes
         self.training = training
         self.apply_exif = apply_exif
         self._empty_coco = coco
@@ -401,7 +410,8 @@ class DetectionDataset(Dataset):
                              f"{len(self.ids)} images {left_out} are left out, and boxes without area")
 
     def _is_target(self, annotation: dict) -> bool:
-        return not annotation["iscrowd"] and not (self.remove_difficult and annotation.get("difficult"))
+        known = self.num_classes is None or annotation["category_id"] < self.num_classes
+        return known and not annotation["iscrowd"] and not (self.remove_difficult and annotation.get("difficult"))
 
     def _target(self, index: int, height: int, width: int) -> dict[str, Tensor]:
         mine = slice(self._starts[index], self._starts[index + 1])
@@ -440,6 +450,7 @@ class CocoDetection(DetectionDataset):
         return_masks: whether targets hold `masks`, from polygons or run lengths.
         seed: seed of the run.
         num_classes: number of classes of the model; None for the highest category id + 1.
+        fewer_classes: take annotations of more classes, whose objects are then evaluated on, but no targets.
         restrict: makes of the checked COCO dict the one to use, see `datasets.subsets`; None uses it all.
         training: whether this is for training or for evaluation.
         apply_exif: turn images as their EXIF orientation says.
@@ -457,6 +468,7 @@ class CocoDetection(DetectionDataset):
         *,
         seed: int = 0,
         num_classes: int | None = None,
+        fewer_classes: bool = False,
         restrict: Callable[[dict], dict] | None = None,
         training: bool = False,
         apply_exif: bool = False,
@@ -465,10 +477,10 @@ class CocoDetection(DetectionDataset):
             raise InputError(f"image folder {img_folder} does not exist")
         ground_truth = read_ground_truth(ann_file)
         num_classes = num_classes_of(ground_truth, ann_file, num_classes)
-        check_ground_truth(ground_truth, ann_file, num_classes, need_masks=return_masks)
+        check_ground_truth(ground_truth, ann_file, num_classes, need_masks=return_masks, fewer_classes=fewer_classes)
         ground_truth = restrict(ground_truth) if restrict else ground_truth
-        super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed, training=training,
-                         apply_exif=apply_exif, coco=_Instances(ann_file))
+        super().__init__(img_folder, ground_truth, ann_file, transforms, return_masks, seed=seed, num_classes=num_classes,
+                         training=training, apply_exif=apply_exif, coco=_Instances(ann_file))
 
 
 def read_ground_truth(ann_file: str | os.PathLike) -> dict:
@@ -548,7 +560,7 @@ def num_classes_of(ground_truth: dict, source: str | os.PathLike, num_classes: i
 
 
 def check_ground_truth(
-    ground_truth: dict, source: str | os.PathLike, num_classes: int, need_masks: bool = False
+    ground_truth: dict, source: str | os.PathLike, num_classes: int, need_masks: bool = False, fewer_classes: bool = False
 ) -> None:
     """Checks every image and annotation, and fills in absent `iscrowd` (0) and `area` (that of the box).
 
@@ -560,15 +572,26 @@ def check_ground_truth(
         source: file it comes from, for messages.
         num_classes: category ids must be below this.
         need_masks: whether every annotation must have a segmentation.
+        fewer_classes: only say which aren't.
 
     Raises:
         InputError: names the first image or annotation that is wrong.
     """
+    if fewer_classes:
+        _report_unknown(ground_truth, source, num_classes)
+        num_classes = max([num_classes, *(category["id"] + 1 for category in ground_truth["categories"])])
     passed = raise_first(ground_truth_problems(ground_truth, source, num_classes, need_masks))
     for annotation in ground_truth["annotations"]:
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     report_left_out(passed)
+
+
+def _report_unknown(ground_truth: dict, source: str | os.PathLike, num_classes: int) -> None:
+    names = [name for label, name in class_names(ground_truth).items() if label >= num_classes]
+    if names:
+        print_main(f"the model has {num_classes} classes: it doesn't know {', '.join(names[:5])}"
+                   + (", …" if len(names) > 5 else "") + f" of {source}, whose objects count as not found")
 
 
 def report_left_out(problems: list[Problem]) -> None:

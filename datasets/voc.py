@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.checks import Fault, Problem, leaves_folder, raise_first
-from datasets.coco import DetectionDataset, check_ground_truth, make_coco_transforms, transform_sizes
+from datasets.coco import (DetectionDataset, check_ground_truth, make_coco_transforms, may_know_fewer,
+                           transform_sizes)
 from datasets.image_io import IMAGE_EXTENSIONS
 from datasets.subsets import restriction
 from util import recipes
@@ -67,6 +68,7 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Vo
     num_classes, names = num_classes_and_names(args)
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     return VocDetection(devkit(args), image_set, transforms, names, seed=args.seed, num_classes=num_classes,
+                        fewer_classes=may_know_fewer(args),
                         remove_difficult=bool(args.remove_difficult) and image_set == "train",
                         restrict=restriction(image_set, args), training=image_set == "train" and augment,
                         apply_exif=bool(getattr(args, "apply_exif", False)))
@@ -100,6 +102,7 @@ class VocDetection(DetectionDataset):
         names: class name of each label.
         seed: seed of the run.
         num_classes: number of classes of the model; None for the highest label + 1.
+        fewer_classes: take annotations of more classes, whose objects are then evaluated on, but no targets.
         remove_difficult: leave difficult objects out of the targets.
         restrict: makes of the checked COCO dict the one to use, see `datasets.subsets`; None uses it all.
         training: whether this is for training or for evaluation.
@@ -118,6 +121,7 @@ class VocDetection(DetectionDataset):
         *,
         seed: int = 0,
         num_classes: int | None = None,
+        fewer_classes: bool = False,
         remove_difficult: bool = False,
         restrict: Callable[[dict], dict] | None = None,
         training: bool = False,
@@ -127,10 +131,11 @@ class VocDetection(DetectionDataset):
         pictures = _read_pictures(root, image_set)
         raise_first(class_problems(pictures, names))
         ground_truth = as_coco(pictures, names)
-        check_ground_truth(ground_truth, root, num_classes or max(names) + 1)
+        num_classes = num_classes or max(names) + 1
+        check_ground_truth(ground_truth, root, num_classes, fewer_classes=fewer_classes)
         ground_truth = restrict(ground_truth) if restrict else ground_truth
         super().__init__(root, ground_truth, root, transforms, seed=seed, remove_difficult=remove_difficult,
-                         training=training, apply_exif=apply_exif)
+                         num_classes=num_classes, training=training, apply_exif=apply_exif)
 
 
 def as_coco(pictures: Iterable[Picture], names: dict[int, str]) -> dict:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from util import recipes
+from util.errors import InputError
 from util.misc import NestedTensor
 
 
@@ -67,12 +68,12 @@ class PositionEmbeddingLearned(nn.Module):
         """Feature map [B, C, h, w] -> float [B, 2 * num_pos_feats, h, w], columns first.
 
         Raises:
-            ValueError: if the map has more rows or columns than the table (full-size images with `--dilation` do).
+            InputError: if the map has more rows or columns than the table (full-size images with `--dilation` do).
         """
         batch, height, width = tensor_list.tensors.shape[0], tensor_list.tensors.shape[-2], tensor_list.tensors.shape[-1]
         table = self.row_embed.weight.shape[0]
         if height > table or width > table:
-            raise ValueError(f"--position_embedding learned has a table of {table} rows and columns but the feature map is "
+            raise InputError(f"--position_embedding learned has a table of {table} rows and columns but the feature map is "
                              f"{height} x {width}: use smaller images, no --dilation, or --position_embedding sine")
         columns = self.col_embed.weight[:width].unsqueeze(0).expand(height, -1, -1)
         rows = self.row_embed.weight[:height].unsqueeze(1).expand(-1, width, -1)

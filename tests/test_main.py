@@ -2,7 +2,9 @@
 import pytest
 
 import main
+from models import build_model
 from util import recipes
+from util.errors import InputError
 
 
 @pytest.mark.parametrize("flags, epochs", [
@@ -21,3 +23,16 @@ def test_the_table_of_classes_has_twenty_and_counts_the_rest(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 21 and lines[-1] == "… and 3 more classes"
     assert lines[19] == "class 19  segm AP  50.0  AP50 100.0"
+
+
+def test_a_model_is_evaluated_with_its_number_of_classes(tiny_args):
+    """As UP-DETR's official VOC model, of 20 classes where the annotations need 21."""
+    args = tiny_args(num_classes=20, eval=True, resume="voc.pth")
+    checkpoint = {"model": build_model(args)[0].state_dict()}
+    main._check_classes(args, checkpoint, 20)
+    args.num_classes = 21
+    with pytest.raises(InputError, match="^--num_classes 21 contradicts --resume voc.pth, whose model has 20$"):
+        main._check_classes(args, checkpoint, 21)
+    with pytest.raises(InputError, match="^--resume voc.pth has a model of 20 classes but the annotations need 21; to "
+                                         "evaluate it as it is, give --num_classes 20$"):
+        main._check_classes(args, checkpoint, None)

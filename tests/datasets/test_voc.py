@@ -191,6 +191,16 @@ def test_class_beyond_num_classes_is_refused(devkit):
         build_dataset("train", arguments(devkit.root, num_classes=10))
 
 
+def test_an_evaluation_may_know_fewer_classes(devkit, capsys):
+    whole = build_dataset("val", arguments(devkit.root, eval=True))
+    labels = torch.cat([target["labels"] for _, target in whole])
+    known = int(labels.max())
+    dataset = build_dataset("val", arguments(devkit.root, eval=True, num_classes=known))
+    assert f"the model has {known} classes: it doesn't know " in capsys.readouterr().out
+    assert torch.cat([target["labels"] for _, target in dataset]).tolist() == labels[labels < known].tolist()
+    assert dataset.coco.anns.keys() == whole.coco.anns.keys()
+
+
 def test_all_detections_of_a_difficult_object_are_ignored(devkit):
     """Three detections of the difficult dog come first, then the other dog: its AP is 1 all the same."""
     dataset = build_dataset("val", arguments(devkit.root))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
+from util.errors import InputError
 from util.misc import NestedTensor
 
 
@@ -67,6 +68,6 @@ def test_learned_puts_columns_first():
 
 @pytest.mark.parametrize("size", [(51, 10), (10, 51)])
 def test_a_map_larger_than_the_learned_table_is_refused(size):
-    with pytest.raises(ValueError, match=rf"table of 50 rows and columns but the feature map is {size[0]} x {size[1]}"):
+    with pytest.raises(InputError, match=rf"--position_embedding learned has a table of 50 rows and columns but the feature map is {size[0]} x {size[1]}"):
         PositionEmbeddingLearned(3)(NestedTensor(torch.zeros(1, 1, *size), None))
     PositionEmbeddingLearned(3)(NestedTensor(torch.zeros(1, 1, 50, 50), None))
