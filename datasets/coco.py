@@ -237,7 +237,7 @@ class DetectionDataset(Dataset):
     ) -> None:
         self.img_folder = Path(img_folder)
         self.source = source
-        self.transforms = None if transforms is None else adapt(transforms)
+        self.transforms = transforms
         self.return_masks = return_masks
         self.seed = seed
         self.remove_difficult = remove_difficult
@@ -265,6 +265,15 @@ class DetectionDataset(Dataset):
         """The ground truth."""
         content = {**self._rest, "images": list(self._images), "annotations": list(self._annotations)}
         return index_ground_truth(content, self._empty_coco)
+
+    @property
+    def transforms(self) -> Callable | None:
+        """The transforms of the samples, callable with a random source."""
+        return self._transforms
+
+    @transforms.setter
+    def transforms(self, transforms: Callable | None) -> None:
+        self._transforms = None if transforms is None else adapt(transforms)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch that the randomness of the samples depends on; call it before iterating."""

@@ -1,6 +1,7 @@
 """Which defaults belong to which training: the one table in which the published programs' differences are written down."""
 import argparse
 import math
+import os
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 import torch
@@ -208,8 +209,14 @@ def _adopt(args: argparse.Namespace) -> None:
             setattr(args, name, default)
         elif own[name] is None and default is not None:
             setattr(args, name, default)
-    if args.dataset is not None and args.dataset_file == "coco":
-        args.dataset_file = None  # DETReg's parser says so whatever it trains on
+    is_detreg = "obj_embedding_head" in own and "load_embedding" not in own  # the latter is ours
+    if is_detreg and args.dataset is not None:
+        if args.dataset_file == "coco":
+            args.dataset_file = None  # its parser says so whatever it trains on
+        for flag in ("coco_path", "imagenet_path", "voc_path"):  # its program makes them all of data_root
+            path = getattr(args, flag)
+            if path and os.path.dirname(os.path.normpath(path)) == os.path.normpath(args.data_root or "data"):
+                setattr(args, flag, None)
     if args.dataset_file is None and args.dataset is None and own.get("num_patches") is not None:
         args.dataset_file = "imagenet"
     if args.model is None and own.get("num_feature_levels") is not None:
@@ -218,7 +225,6 @@ def _adopt(args: argparse.Namespace) -> None:
         args.device = None
     _follow_stored_layout(args)
     _drop_unasked(args)
-    is_detreg = "obj_embedding_head" in own
     if is_detreg and args.model == "detr" and args.position_embedding != "learned" and "position_from_centre" not in own:
         args.position_from_centre = True
     if args.masks and args.model != "deformable_detr" and "mask_softmax" not in own and (is_detreg or "pretrain" in own):
@@ -231,8 +237,8 @@ def _follow_stored_layout(args: argparse.Namespace) -> None:
         args.data_root = None
     elif args.dataset in LAYOUT:
         dataset_file, flag, _ = LAYOUT[args.dataset]
-        if args.dataset_file == dataset_file and getattr(args, flag):
-            args.dataset = args.data_root = None
+        if args.dataset_file in (None, dataset_file) and getattr(args, flag):
+            args.dataset_file, args.dataset, args.data_root = dataset_file, None, None
 
 
 def _drop_unasked(args: argparse.Namespace) -> None:

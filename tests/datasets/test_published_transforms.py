@@ -150,5 +150,6 @@ def test_data_sets_take_transforms_of_two_arguments(tmp_path):
         assert draws[0] != draws[1] and dataset[0][1]["draws"] == draws[0] and random.getstate() == state
         dataset.set_epoch(1)
         assert dataset[0][1]["draws"] != draws[0]
-    image, target = CocoDetection(tmp_path, tmp_path / "all.json", v2.RandomHorizontalFlip(1.0), False)[0]
+    dataset.transforms = v2.RandomHorizontalFlip(1.0)
+    image, target = dataset[0]
     assert image.size == (80, 60) and set(target) >= {"boxes", "labels", "image_id"}

@@ -69,6 +69,16 @@ def test_each_program_is_recognised(space, program, changes, expected):
     assert (args.model, args.dataset_file) == expected
 
 
+def test_paths_that_detregs_program_derives_are_not_given(space):
+    paths = {"coco_path": "data/MSCoco", "imagenet_path": "data/ilsvrc", "voc_path": "data/pascal"}
+    args = recipes.resolve(space("detreg", **paths))
+    assert (args.dataset_file, args.imagenet_path, args.coco_path) == ("regions", "data/ilsvrc/train", None)
+    args = recipes.resolve(space("detreg", dataset="coco", **paths))
+    assert (args.dataset_file, args.coco_path, args.voc_path) == ("coco", "data/MSCoco", None)
+    args = recipes.resolve(space("detreg", dataset="coco", coco_path="elsewhere"))
+    assert (args.dataset_file, args.coco_path) == ("coco", "elsewhere")
+
+
 def test_defaults_of_a_parser_are_not_given(space):
     args = recipes.resolve(space("detr", lr=3e-4))
     assert args.given == {**SMALL, "lr": 3e-4, "dataset_file": "coco"}
@@ -107,7 +117,7 @@ def test_the_published_voc_model_has_its_classes(space):
 
 
 def test_flags_of_our_own_checkpoints_build_their_model(tiny_args):
-    for changes in ({}, {"masks": True}, {"lr_drop_epochs": [3, 5]}):
+    for changes in ({}, {"masks": True}, {"lr_drop_epochs": [3, 5]}, {"dataset": "coco", "data_root": "x"}):
         args = tiny_args(**changes)
         keys = build_model(args)[0].state_dict().keys()
         stored = json.loads(json.dumps(plain_args(args)))
