@@ -230,7 +230,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--tensorboard", action="store_true", help="also write losses and results for TensorBoard")
     group.add_argument("--world_size", default=1, type=int, help="number of processes; set by the launcher")
     group.add_argument("--dist_timeout", default=1800, type=int,
-                       help="seconds after which processes give up that wait for another one")
+                       help="seconds after which processes give up that wait for another one, or for a batch of their loading "
+                            "processes")
     group.add_argument("--dist_url", default="env://", help="how the processes find each other")
     group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
     return parser
@@ -288,10 +289,12 @@ def _loader(dataset: Any, batches: Any, args: argparse.Namespace) -> DataLoader:
     # Workers live on between epochs; the data sets keep their epoch where these see it. They are forked where they can
     # be, whatever Python's default: they then share the data set's memory, and end when this process is killed.
     context = ("fork" if sys.platform == "linux" else "spawn") if args.num_workers else None
+    # A loading process that stands still, at a network disk say, would be waited for without end.
+    timeout = args.dist_timeout if args.num_workers else 0
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=args.num_workers,
                       persistent_workers=args.num_workers > 0, pin_memory=torch.device(args.device).type == "cuda",
                       generator=torch.Generator().manual_seed(args.seed), worker_init_fn=shield_worker,
-                      multiprocessing_context=context)
+                      multiprocessing_context=context, timeout=timeout)
 
 
 class Evaluation:

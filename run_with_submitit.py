@@ -4,6 +4,7 @@ import argparse
 import copy
 import multiprocessing
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -142,7 +143,7 @@ def job_options(args: argparse.Namespace) -> Dict[str, Any]:
         "mem": args.mem_gb and f"{args.mem_gb}GB", "time": args.timeout, "partition": args.partition,
         "account": args.account, "constraint": args.constraint, "comment": args.comment, "additional_parameters": extra,
         # From whatever folder the job is submitted, its tasks import this code; relative paths mean that folder.
-        "setup": [f'export PYTHONPATH="{ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"'],
+        "setup": [f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'],
         "srun_args": ["--kill-on-bad-exit=1"],  # a process that fails must not leave the others waiting for it
     }
     return {name: value for name, value in options.items() if value is not None}

@@ -162,6 +162,13 @@ def _box_head(hidden_dim: int) -> MLP:
     return head
 
 
+class MapNorm(nn.GroupNorm):
+    """Group norm that also takes maps with one value in each group, as one small image has: these become the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)  # torch's module refuses them
+
+
 def _projections(map_channels: List[int], num_levels: int, hidden_dim: int) -> nn.ModuleList:
     """Of each backbone map to the transformer's width, then from the deepest map on to coarser and coarser ones."""
     layers = [nn.Conv2d(channels, hidden_dim, kernel_size=1) for channels in map_channels]
@@ -171,7 +178,7 @@ def _projections(map_channels: List[int], num_levels: int, hidden_dim: int) -> n
     for layer in layers:
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return nn.ModuleList([nn.Sequential(layer, nn.GroupNorm(NORM_GROUPS, hidden_dim)) for layer in layers])
+    return nn.ModuleList([nn.Sequential(layer, MapNorm(NORM_GROUPS, hidden_dim)) for layer in layers])
 
 
 class PostProcessFocal(nn.Module):

@@ -22,6 +22,7 @@ from util.unwrap import find_weights, numpy_globals
 torch.serialization.add_safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, *numpy_globals()])
 
 IS_URL = re.compile("https?://", re.IGNORECASE)
+MOST_UNPACKED = 4  # times a file's size that its content may have in memory
 VOC_OUTPUTS = 21  # of detectors of VOC's 20 classes
 MASKED = "detr."  # precedes the names of a detector that has a mask head
 EMBEDDING_HEAD = "feature_embed.layers.0.weight"  # only DETReg's pre-training models have it
@@ -87,7 +88,34 @@ def load_plain(path: str, mmap: bool = False) -> Any:
         is_zip = file.read(4) == b"PK\x03\x04"
     if "constants.pkl" in torch._C.PyTorchFileReader(path).get_all_records() if is_zip else tarfile.is_tarfile(path):
         raise RuntimeError("Unsupported global: the file is a program, or of torch's first format")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if is_zip:
+        _refuse_larger_content(path)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    _refuse_repeated_elements(content)
+    return content
+
+
+def _refuse_larger_content(path: str) -> None:
+    """Raise ValueError for an archive that unpacks to much more than its size. torch itself packs nothing."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked, size = sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path)
+    if unpacked > MOST_UNPACKED * size + 2 ** 20:
+        raise ValueError(f"its {size} bytes unpack to {unpacked}")
+
+
+def _refuse_repeated_elements(content: Any) -> None:
+    """Raise ValueError for a tensor that shows many elements where few are stored: whatever uses it would make them all."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            needed = value.numel() * value.element_size()
+            if value.layout == torch.strided and needed > MOST_UNPACKED * value.untyped_storage().nbytes() + 2 ** 20:
+                raise ValueError(f"a tensor of shape {list(value.shape)} is stored as {value.untyped_storage().nbytes()} bytes")
+        elif isinstance(value, (dict, list, tuple, argparse.Namespace)) and id(value) not in seen:
+            seen.add(id(value))
+            value = vars(value) if isinstance(value, argparse.Namespace) else value
+            waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _download(url: str, flag: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any, Callable, Optional, Tuple
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 READER_LEFT = 141  # what shells report of a program that SIGPIPE ended
+# What torch says when no loading process has sent a batch for the time that a loader allows.
+STANDS_STILL = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 # What torch says when a data-loading process is gone, at whatever line of the main process that comes to light.
 WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal: [\w ]+|exited unexpectedly)")
 
@@ -33,7 +35,7 @@ class Stopped(Exception):
 
 def run_program(program: Callable[[], None]) -> None:
     """Run a command line program: mistakes in its input end in one line and exit status 2, numbers that go wrong in one line
-    and status 3, a data-loading process that died (of memory, as a rule) in one line and status 4, a stop that was asked for
+    and status 3, a data-loading process that died (of memory, as a rule) or stands still in one line and status 4, a stop that was asked for
     in one line and status 75, of all processes together; when the reader of its output has left (`| head`), it ends without
     a word and with status 141; anything else is a fault of ours and keeps its traceback (status 1).
 
@@ -70,6 +72,8 @@ def run_program(program: Callable[[], None]) -> None:
     if _has_company():
         # Leaving in the usual way waits for loading processes, and for collectives that others won't take part in: a
         # process that failed could stay, and all others with it.
+        for child in multiprocessing.active_children():
+            child.kill()  # a stopped one would stay, and not see that this process ends
         os._exit(status)
     sys.exit(status)
 
@@ -92,6 +96,10 @@ def _outcome(error: Exception) -> Tuple[str, int]:
         line = _of_dead_worker(error)
     except RuntimeError as news:  # torch raises that a loading process died at whatever line is at its turn
         line = _of_dead_worker(news)
+    still = STANDS_STILL.search(str(error)) if isinstance(error, RuntimeError) else None
+    if still:
+        line = (f"error: the loading processes sent no batch for {still[1]} seconds: does the disk of the images answer? "
+                "Where they are only slow, a larger --dist_timeout waits longer, and --num_workers 0 loads without them")
     if line:
         return line, 4
     if not _has_company():

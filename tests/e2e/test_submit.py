@@ -1,5 +1,6 @@
 """What run_with_submitit.py asks of Slurm and what it refuses before a job has waited in the queue."""
 import argparse
+import shlex
 import subprocess
 import sys
 
@@ -45,7 +46,7 @@ def test_submitit_makes_a_script_of_it(tmp_path):
     for line in ("--gpus-per-node=2", "--ntasks-per-node=2", "--nodes=2", "--time=60", "--qos=high", "--requeue",
                  "--comment='two words'", "--signal=USR2@90", "--open-mode=append"):
         assert f"#SBATCH {line}\n" in script
-    assert f'export PYTHONPATH="{ROOT}' in script and "--kill-on-bad-exit=1 COMMAND" in script
+    assert f"export PYTHONPATH={shlex.quote(str(ROOT))}" in script and "--kill-on-bad-exit=1 COMMAND" in script
 
 
 def test_the_trainings_part_of_the_flags(tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 from main import has_idle_heads
 from models import build_model
-from models.deformable_detr import PostProcessFocal
+from models.deformable_detr import MapNorm, PostProcessFocal
 from models.deformable_transformer import Encoded, _centres, _in_each_map, _valid_ratio, move_boxes
 from models.ms_deform_attn import make_levels
 from util.box_ops import box_cxcywh_to_xyxy
@@ -56,6 +56,14 @@ def test_levels_end_with_the_deepest_map_and_go_on_from_it(build, changes, shape
     assert [tuple(x.shape) for x in positions] == [(2, 32, *shape) for shape in shapes]
     for mask, (height, width) in zip(masks, shapes):
         assert not mask[0].any() and mask[1, :, (width + 1) // 2:].all() and not mask[1, :, :width // 2].any()
+
+
+def test_a_map_of_one_value_in_each_group_becomes_the_bias():
+    norm = MapNorm(4, 4)
+    nn.init.normal_(norm.bias)
+    assert torch.equal(norm(torch.randn(1, 4, 1, 1)).flatten(), norm.bias)
+    x = torch.randn(2, 4, 3, 5)
+    assert torch.equal(norm(x), nn.functional.group_norm(x, 4, norm.weight, norm.bias))
 
 
 def test_shares_of_padding_and_centres_by_hand():

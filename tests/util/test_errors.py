@@ -5,10 +5,12 @@ import select
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
 
+from util import errors
 from util.distributed import print_main
 from util.errors import InputError, run_program
 
@@ -69,6 +71,19 @@ def test_a_dead_loading_worker_is_one_line(root, how, reason):
     assert result.returncode == 4
     lines = [line for line in result.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: data-loading process ") and f"is gone ({reason})" in lines[0]
+
+
+class Slow(Broken):
+    def __getitem__(self, index):
+        time.sleep(2)
+
+
+def test_a_loading_worker_that_stands_still_is_one_line():
+    loader = torch.utils.data.DataLoader(Slow(), num_workers=1, timeout=0.2)
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(loader))
+    line, status = errors._outcome(caught.value)
+    assert status == 4 and line.startswith("error: the loading processes sent no batch for 0.2 seconds: ")
 
 
 def test_as_a_program(root):

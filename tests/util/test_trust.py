@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -42,6 +43,28 @@ def trapped_checkpoint(folder):
     path, trace = folder / "checkpoint.pth", folder / "executed"
     torch.save({"model": {"weight": torch.zeros(1)}, "epoch": Trap(trace)}, path)
     return str(path), trace
+
+
+def repacked(source, target):
+    """The same archive, compressed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry.filename))
+
+
+def test_small_files_that_would_fill_the_memory_are_refused(tmp_path):
+    torch.save({"model": {"weight": torch.zeros(2_000_000)}}, tmp_path / "large.pth")
+    repacked(tmp_path / "large.pth", tmp_path / "bomb.pth")
+    with pytest.raises(InputError, match=r"bomb.pth: not a checkpoint, or damaged \(ValueError: its \d+ bytes unpack to 8000\d+\)"):
+        load_checkpoint(str(tmp_path / "bomb.pth"))
+    for number, zipped in enumerate((True, False)):
+        torch.save({"model": {"weight": torch.zeros(1).expand(2**40)}}, tmp_path / f"{number}.pth",
+                   _use_new_zipfile_serialization=zipped)
+        with pytest.raises(InputError, match=r"a tensor of shape \[1099511627776\] is stored as 4 bytes"):
+            load_checkpoint(str(tmp_path / f"{number}.pth"))
+    torch.save({"model": {"weight": torch.rand(200_000)}}, tmp_path / "honest.pth")
+    repacked(tmp_path / "honest.pth", tmp_path / "packed.pth")
+    assert load_checkpoint(str(tmp_path / "packed.pth"))["model"]["weight"].shape == (200_000,)
 
 
 def load_backbone(path, tiny_args):
