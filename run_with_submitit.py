@@ -104,6 +104,9 @@ def split_args(args: argparse.Namespace) -> argparse.Namespace:
                          "for each GPU; the flag is for training on CPUs (--ngpus 0)")
     if args.device and (args.ngpus > 0) != args.device.startswith("cuda"):
         raise InputError(f"--device {args.device} contradicts --ngpus {args.ngpus}; --ngpus 0 trains on CPUs")
+    if args.device and args.device.startswith("cuda:") and args.ngpus * args.nodes > 1:
+        raise InputError(f"--device {args.device} names one GPU, but the job has {args.ngpus * args.nodes} processes, each on a "
+                         "GPU of its own: pass --device cuda")
     if not (args.output_dir or args.job_dir):
         raise InputError("--output_dir is missing: which folder, seen by all nodes, is for checkpoints and the job's files?")
     names = vars(main.get_args_parser().parse_args([]))

@@ -2,11 +2,12 @@
 import argparse
 import contextlib
 import datetime
+import inspect
 import os
 import re
 import sys
 import time
-from typing import Any, Dict, Iterator, List, Mapping
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,8 @@ def print_main(*values: Any) -> None:
 def barrier() -> None:
     """Wait for all processes."""
     if is_dist_avail_and_initialized():
-        dist.barrier()
+        # NCCL would else guess a process's device by its rank, which is wrong where a process sees its own GPU alone.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 @contextlib.contextmanager
@@ -106,17 +108,23 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
 
     Understands torchrun and torch.distributed.launch (RANK, WORLD_SIZE, LOCAL_RANK) and srun (SLURM_PROCID,
     SLURM_STEP_NUM_TASKS, SLURM_LOCALID; see `slurm_rendezvous` for how its processes find each other).
-    Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu`; CUDA processes use NCCL, others gloo.
+    Sets `args.distributed`, `args.rank`, `args.world_size`, `args.gpu`; CUDA processes use NCCL, others gloo. The GPU of
+    `--device cuda:1`, or of several processes each one's own, becomes the current one.
+
+    Raises:
+        InputError: there is no such GPU, or not one for each process.
     """
     environment = os.environ
     by_slurm = False
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         local_rank = int(environment.get("LOCAL_RANK", getattr(args, "local_rank", None) or 0))
+        alone = world_size == 1 or environment.get("LOCAL_WORLD_SIZE") == "1"
     elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         by_slurm = True
         rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
         local_rank = int(environment["SLURM_LOCALID"])
+        alone = False
     else:
         if getattr(args, "world_size", 1) > 1:
             raise InputError(f"--world_size {args.world_size} needs that many processes: start main.py through torchrun, "
@@ -125,21 +133,46 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
             print_main(f"this Slurm job has {environment['SLURM_NTASKS']} tasks, but this process was started without "
                        "srun and runs alone")
         args.distributed, args.rank, args.world_size, args.gpu = False, 0, 1, 0
+        if _is_cuda(args):
+            args.gpu = _use_gpu(args, 0)
         return
     args.distributed, args.rank, args.world_size, args.gpu = True, rank, world_size, local_rank
-    use_cuda = torch.device(args.device).type == "cuda"
+    options: Dict[str, Any] = {}
+    use_cuda = _is_cuda(args)
     if use_cuda:
-        args.gpu = _gpu_of(rank, local_rank, torch.cuda.device_count(), by_slurm)
-        torch.cuda.set_device(args.gpu)
+        if torch.device(args.device).index is not None and not alone:
+            raise InputError(f"--device {args.device} names one GPU, but {world_size} processes run, each on a GPU of its own: "
+                             "pass --device cuda")
+        args.gpu = _use_gpu(args, None if alone else _gpu_of(rank, local_rank, torch.cuda.device_count(), by_slurm))
+        if "device_id" in inspect.signature(dist.init_process_group).parameters:
+            options["device_id"] = torch.device("cuda", args.gpu)
     url = slurm_rendezvous(environment) if by_slurm and args.dist_url == "env://" else args.dist_url
     dist.init_process_group("nccl" if use_cuda else "gloo", init_method=url, world_size=world_size, rank=rank,
-                            timeout=datetime.timedelta(seconds=getattr(args, "dist_timeout", 1800)))
+                            timeout=datetime.timedelta(seconds=getattr(args, "dist_timeout", 1800)), **options)
     print_main(f"distributed: {world_size} processes, {dist.get_backend()}, {url}")
 
 
+def _is_cuda(args: argparse.Namespace) -> bool:
+    return torch.device(getattr(args, "device", None) or "cpu").type == "cuda"
+
+
+def _use_gpu(args: argparse.Namespace, usual: Optional[int]) -> int:
+    """Make the GPU that `args.device` names, else the usual one (the first for None), the current one; returns its number.
+    Memory figures, random states and streams are then that GPU's, too."""
+    named = torch.device(args.device).index
+    gpu = usual or 0 if named is None else named
+    visible = torch.cuda.device_count()
+    if gpu >= visible:
+        raise InputError(f"--device {args.device}: this machine shows {visible} GPUs, numbered from 0 on")
+    torch.cuda.set_device(gpu)
+    return gpu
+
+
 def _gpu_of(rank: int, local_rank: int, visible: int, by_slurm: bool) -> int:
-    if by_slurm and visible == 1:
-        return 0  # `--gpus-per-task` and `--gpu-bind` show every task its own GPU alone
+    # Slurm (`--gpus-per-task`, `--gpu-bind`) and other launchers show every process its own GPU alone.
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip(" ,")
+    if visible == 1 and (by_slurm or shown and "," not in shown):
+        return 0
     if local_rank >= visible:
         raise InputError(f"process {rank} needs GPU {local_rank} but this machine has {visible}: "
                          "start fewer processes per node or pass --device cpu")

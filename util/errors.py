@@ -65,10 +65,10 @@ def run_program(program: Callable[[], None]) -> None:
         if line:
             print(line, file=sys.stderr, flush=True)
     _refusal(sys.stderr, doubtful=False)
-    group = _process_group()
-    if status == STOPPED and group:  # launchers end all processes once one has left: not before all have spoken
+    if status == STOPPED and _process_group():  # launchers end all processes once one has left: not before all have spoken
+        from util.distributed import barrier  # which imports this module
         with contextlib.suppress(RuntimeError):  # one that is gone already needn't be waited for
-            group.barrier()
+            barrier()
     if _has_company():
         # Leaving in the usual way waits for loading processes, and for collectives that others won't take part in: a
         # process that failed could stay, and all others with it.

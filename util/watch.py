@@ -105,7 +105,7 @@ class StepWatch:
             norm = torch.where(self._overflows > MOST_OVERFLOWS, norm, torch.zeros_like(norm))
         self._verdict.copy_(torch.stack([reduced["loss"].float(), norm, *asked]), non_blocking=True)
         if self._arrived:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(self.device))  # whose device needn't be the current one
         self._now.losses = {name: value.detach() for name, value in losses.items()}
         self._sent = self._now
         return reduced

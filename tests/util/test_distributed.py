@@ -156,6 +156,70 @@ def test_first_host(names, first):
     assert distributed.first_host(names) == first
 
 
+@pytest.fixture
+def gpus(monkeypatch, no_launcher):
+    """Two made-up GPUs; yields the numbers of those that became the current one, and the process groups' options."""
+    chosen, groups = [], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def init(backend, *, device_id=None, **options):
+        groups.append((backend, device_id))
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", init)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
+    return chosen, groups
+
+
+def join(device, **environment):
+    args = argparse.Namespace(device=device, dist_url="env://", world_size=1, local_rank=None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, str(value))
+        distributed.init_distributed_mode(args)
+    return args
+
+
+def test_a_named_gpu_becomes_the_current_one(gpus):
+    assert [join(device).gpu for device in ("cuda:1", "cuda", "cuda:0")] == [1, 0, 0] and gpus[0] == [1, 0, 0]
+    with pytest.raises(InputError, match="^--device cuda:2: this machine shows 2 GPUs, numbered from 0 on$"):
+        join("cuda:2")
+    join("cpu")
+    assert gpus == ([1, 0, 0], [])
+
+
+def test_each_process_has_its_own_gpu(gpus, monkeypatch):
+    assert [join("cuda", RANK=rank + 2, WORLD_SIZE=4, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2).gpu for rank in (0, 1)] == [0, 1]
+    assert gpus == ([0, 1], [("nccl", torch.device("cuda", 0)), ("nccl", torch.device("cuda", 1))])
+    with pytest.raises(InputError, match="^--device cuda:0 names one GPU, but 2 processes run"):
+        join("cuda:0", RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2)
+    assert join("cuda:1", RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1).gpu == 1
+    assert join("cuda:1", RANK=1, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1).gpu == 1, "one on each machine"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert join("cuda", RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, CUDA_VISIBLE_DEVICES="1").gpu == 0
+    with pytest.raises(InputError, match="^process 1 needs GPU 1 but this machine has 1"):
+        join("cuda", RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2)
+
+
+def test_older_torch_takes_no_device_for_its_process_group(gpus, monkeypatch):
+    groups = []
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, init_method, world_size, rank, timeout: groups.append(rank))
+    join("cuda", RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2)
+    assert groups == [1]
+
+
+@pytest.mark.parametrize("backend, devices", [("nccl", [1]), ("gloo", None)])
+def test_a_barrier_names_the_device(monkeypatch, backend, devices):
+    calls = []
+    monkeypatch.setattr(distributed, "is_dist_avail_and_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda device_ids=None: calls.append(device_ids))
+    distributed.barrier()
+    assert calls == [devices]
+
+
 def test_gpu_of_a_process():
     assert [distributed._gpu_of(5, local, 4, by_slurm=False) for local in range(4)] == [0, 1, 2, 3]
     assert distributed._gpu_of(1, 1, 1, by_slurm=True) == 0, "Slurm may show each task its own GPU alone"
