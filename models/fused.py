@@ -6,13 +6,16 @@ still in the processor's registers. What is left out is memory traffic: on a CPU
 cost up to three times as much as a 1×1 convolution itself. Where it is faster, `winograd` takes 3×3 convolutions.
 
 Rounding can be told from outside: a scripted model would no longer equal its original. So it is done within `steps()` alone,
-where the loops of `engine` and the tools run; a model that is called by other code computes step by step. Weights are folded
-at each call, 2 % of a call's time, and never kept: a change of them can't be missed, whoever makes it. The ReLU is torch's, as
-oneDNN's turns NaN into 0. `enable(False)` turns all of it off, and modules that are compiled, scripted, traced, transformed or
-watched are never run this way.
+where the loops of `engine` and the tools run; a model that is called by other code computes step by step. `enable(False)` turns
+all of it off, and modules that are compiled, scripted, traced, transformed or watched are never run this way.
+
+Weights are folded at each call, 2 % of its time. Those of constant 3×3 convolutions for `winograd`, which take longer, are
+kept with copies of what they are made of, and made anew where any number differs: no change can be missed. They take
+five times the memory of these weights, 180 MB for ResNet-50. NaN and infinity stay visible: see `ALMOST_ZERO`.
 """
 import contextlib
-from typing import Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,18 @@ from models import winograd
 # What a network is made of that may be run by `resnet_maps`. Only its own code knows what to do with anything else.
 _KNOWN = (BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Identity)
 _enabled = True
+ALMOST_ZERO = 1e-20  # slope below 0 of oneDNN's ReLU, which with a slope of 0 turns NaN into 0
+
+
+class _Kept(NamedTuple):
+    """Weight and bias for `winograd` of a convolution, and copies of all that they are made of."""
+    sources: List[Tensor]
+    eps: float
+    weight: Tensor
+    bias: Tensor
+
+
+_kept: "WeakKeyDictionary[nn.Module, _Kept]" = WeakKeyDictionary()  # by convolution
 _inside = False  # `steps()`
 _counted = False  # `steps(counted=True)`
 
@@ -51,7 +66,8 @@ def steps(counted: bool = False) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Do nothing: no folded weights are kept. It stays for code that calls it after changing weights."""
+    """Free what is kept of constant weights, 5 times the memory of their 3×3 convolutions. Never needed: changes are seen."""
+    _kept.clear()
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -144,6 +160,8 @@ def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool = True, res
         scale, shift = _scale_and_shift(norm)
         return _TrainedConvolution.apply(x, conv.weight, scale, shift, residual, relu, geometry)
     with torch.no_grad():
+        if winograd.suits(x, conv.weight, geometry):
+            return winograd.convolve(x, *_at_points(conv, norm, x), residual, relu)
         scale, shift = _scale_and_shift(norm)
         return _apply(x, _fold(conv.weight, scale, x), shift.to(x.dtype), residual, relu, geometry)
 
@@ -155,7 +173,7 @@ class _TrainedConvolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], relu: bool,
                 geometry: winograd.Geometry) -> Tensor:
         folded, shift = _fold(weight, scale, x), shift.to(x.dtype)
-        ctx.winograd = winograd.suits(x, weight, geometry)
+        ctx.winograd = winograd.suits(x, weight, geometry, trained=True)
         if ctx.winograd:
             out = winograd.convolve(x, winograd.at_points(folded), shift, residual, relu)
         else:
@@ -208,9 +226,9 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor, residual: Optional[Tensor], 
     if _onednn_takes(x):
         one_dnn = torch.ops.mkldnn._convolution_pointwise
         if residual is None:
-            out = one_dnn(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
-        else:
-            out = one_dnn.binary(x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
+            act = ("leaky_relu", [ALMOST_ZERO]) if relu else ("none", [])
+            return one_dnn(x, weight, bias, padding, stride, dilation, groups, *act, "")
+        out = one_dnn.binary(x, residual, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
     else:
         out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         if residual is not None:
@@ -233,6 +251,22 @@ def _scale_and_shift(norm: nn.Module) -> Tuple[Tensor, Tensor]:
 
 def _fold(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     return (weight * scale[:, None, None, None]).to(x.dtype, memory_format=memory_format(x))
+
+
+def _at_points(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Folded weight and bias for x as `winograd.convolve` takes them, kept until a number that they are made of changes."""
+    sources = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    kept = _kept.get(conv)
+    if kept is None or kept.eps != norm.eps or not all(map(_same, kept.sources, sources)):
+        scale, shift = _scale_and_shift(norm)
+        copies = [source.detach().clone() for source in sources]
+        at_points = winograd.at_points(_fold(conv.weight, scale, x)).contiguous()
+        kept = _kept[conv] = _Kept(copies, norm.eps, at_points, shift.to(x.dtype))
+    return kept.weight, kept.bias
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -24,7 +24,8 @@ WINDOW = TILE + 2  # inputs along a side, and points
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)  # and infinity
 AT_ONE = POINTS.index(1.0) * (WINDOW + 1)  # the point (1, 1) among the 36: a constant there is one in every result
 FEWEST_CHANNELS = 128  # below, going to the points and back costs what the multiplications save
-FEWEST_TILES = 50  # in a batch; below, making and reading 36 numbers for 9 weights does
+FEWEST_TILES = 4  # in an image; below, reading 36 numbers for 9 weights does
+FEWEST_TRAINED_TILES = 50  # in a batch
 MOST_WASTE = 1.6  # computed results per wanted one: tiles stick out of maps whose sides are no multiples of four
 AT_ONCE = 96  # tiles, for each thread: what they become should stay in the cache, and weights be read seldom
 
@@ -46,16 +47,22 @@ def _matrices() -> Tuple[Tensor, Tensor, Tensor]:
 _INPUTS, _WEIGHTS, _RESULTS = _matrices()
 
 
-def suits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Say if this is faster than a direct convolution of x [B, C, H, W] by a weight [K, C, h, w] that changes at each step."""
+def suits(x: Tensor, weight: Tensor, geometry: Geometry, trained: bool = False) -> bool:
+    """Say if this is faster than a direct convolution.
+
+    Args:
+        x: [B, C, H, W]; weight: [K, C, h, w].
+        trained: the weight goes to the points at every step. If not, it is decided image by image: a batch's size changes
+            no result.
+    """
     height, width = x.shape[2:]
     tiles = -(-height // TILE) * -(-width // TILE)
-    if x.shape[0] * tiles < FEWEST_TILES:
+    if trained and x.shape[0] * tiles < FEWEST_TRAINED_TILES:
         return False
     exact = x.dtype == torch.float32 and _full_precision()
     return (x.device.type == "cpu" and exact and weight.shape[2:] == (3, 3)
             and geometry == ([1, 1], [1, 1], [1, 1], 1) and min(weight.shape[:2]) >= FEWEST_CHANNELS
-            and tiles * TILE ** 2 <= MOST_WASTE * height * width)
+            and tiles >= FEWEST_TILES and tiles * TILE ** 2 <= MOST_WASTE * height * width)
 
 
 def _full_precision() -> bool:
@@ -71,7 +78,7 @@ def _full_precision() -> bool:
 
 
 def at_points(weight: Tensor) -> Tensor:
-    """Weights [K, C, 3, 3] -> their values at the points [36, C, K]."""
+    """Weights [K, C, 3, 3] -> their values at the points [36, C, K]. Used often, they are best made contiguous."""
     return torch.mm(_WEIGHTS, weight.permute(2, 3, 0, 1).reshape(9, -1)).view(-1, *weight.shape[:2]).transpose(1, 2)
 
 
