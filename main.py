@@ -90,7 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=tuple(recipes.MODELS), help="detr (DETReg pre-training: deformable_detr)")
-    group.add_argument("--backbone", help="resnet18, resnet34, resnet50 or resnet101 (resnet50)")
+    group.add_argument("--backbone", help="a ResNet of torchvision's: resnet18 … resnet152, resnext50_32x4d, wide_resnet50_2, … (resnet50)")
     group.add_argument("--backbone_last_layer", choices=("layer3", "layer4"),
                        help="(layer4) layer3 cuts the ResNet there: stride 16, for small images")
     group.add_argument("--load_backbone", help="supervised, swav, none, a file or a URL (supervised; pre-training: swav)")

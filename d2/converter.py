@@ -8,6 +8,7 @@ loses the rows of ids that no category has, since Detectron2 counts classes with
 import argparse
 import json
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -38,6 +39,10 @@ BLOCK_NAMES = {"bn1": "conv1.norm", "bn2": "conv2.norm", "bn3": "conv3.norm", "d
 CONFIGS = {False: "d2/configs/detr_256_6_6_torchvision.yaml", True: "d2/configs/detr_segm_256_6_6_torchvision.yaml"}
 OPTION_OF = {"num_queries": "NUM_OBJECT_QUERIES", "hidden_dim": "HIDDEN_DIM", "dim_feedforward": "DIM_FEEDFORWARD",
              "enc_layers": "ENC_LAYERS", "dec_layers": "DEC_LAYERS", "pre_norm": "PRE_NORM", "nheads": "NHEADS"}
+
+# Groups of the 3×3 convolutions and channels of each in res2; 1 and 64 in ordinary networks.
+GROUPS = {"resnext50_32x4d": (32, 4), "resnext101_32x8d": (32, 8), "resnext101_64x4d": (64, 4),
+          "wide_resnet50_2": (1, 128), "wide_resnet101_2": (1, 128)}
 
 
 def backbone_name(name: str) -> str:
@@ -129,7 +134,9 @@ def config_options(checkpoint: Dict[str, Any], state: Dict[str, Tensor], num_cla
     if stored.get("mask_softmax") == "per_head":
         options["MODEL.DETR.MASK_SOFTMAX"] = "per_head"
     if told["backbone"] != "resnet50":
-        options["MODEL.RESNETS.DEPTH"] = told["backbone"].removeprefix("resnet")
+        options["MODEL.RESNETS.DEPTH"] = re.search(r"\d+", told["backbone"])[0]
+    if told["backbone"] in GROUPS:
+        options["MODEL.RESNETS.NUM_GROUPS"], options["MODEL.RESNETS.WIDTH_PER_GROUP"] = GROUPS[told["backbone"]]
     if told["backbone"] in ("resnet18", "resnet34"):
         options["MODEL.RESNETS.RES2_OUT_CHANNELS"] = 64
     if stored.get("dilation"):

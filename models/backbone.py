@@ -27,14 +27,21 @@ SUPERVISED_URLS = {
     "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+    "resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
+    "resnext50_32x4d": "https://download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth",
+    "resnext101_32x8d": "https://download.pytorch.org/models/resnext101_32x8d-8ba56ff5.pth",
+    "resnext101_64x4d": "https://download.pytorch.org/models/resnext101_64x4d-173b62eb.pth",
+    "wide_resnet50_2": "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth",
+    "wide_resnet101_2": "https://download.pytorch.org/models/wide_resnet101_2-32ee1156.pth",
 }
+BASIC_BLOCKS = ("resnet18", "resnet34")  # the others have bottlenecks, which alone can be dilated
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 class ResNetBody(nn.Module):
     """The convolutional part of a torchvision ResNet, up to `last_layer`; parameter names are torchvision's.
 
-    forward: images [B, 3, H, W] -> the maps of the last `num_maps` residual layers, shallowest first.
+    forward: images [B, 3, H, W] -> the maps of the last `num_maps` residual layers, keyed "0", "1", … from the shallowest.
     """
 
     def __init__(self, resnet: nn.Module, last_layer: str, num_maps: int) -> None:
@@ -50,17 +57,21 @@ class ResNetBody(nn.Module):
         self.has_layer4 = last_layer == "layer4"
         self.num_maps = num_maps
 
-    def forward(self, x: Tensor) -> List[Tensor]:
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
         if not torch.jit.is_scripting():
             if can_fuse(self):
-                return resnet_maps(self, LAYERS if self.has_layer4 else LAYERS[:3], x)[-self.num_maps:]
+                fused_maps = resnet_maps(self, LAYERS if self.has_layer4 else LAYERS[:3], x)
+                return {str(i): fused_map for i, fused_map in enumerate(fused_maps[-self.num_maps:])}
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         maps = [self.layer1(x)]
         maps.append(self.layer2(maps[-1]))
         maps.append(self.layer3(maps[-1]))
         if self.has_layer4:
             maps.append(self.layer4(maps[-1]))
-        return maps[len(maps) - self.num_maps:]
+        out: Dict[str, Tensor] = {}
+        for i, feature in enumerate(maps[len(maps) - self.num_maps:]):
+            out[str(i)] = feature
+        return out
 
 
 class BackboneBase(nn.Module):
@@ -94,19 +105,19 @@ class BackboneBase(nn.Module):
         mask = tensor_list.mask
         assert mask is not None
         out: Dict[str, NestedTensor] = {}
-        for i, feature in enumerate(self.body(tensor_list.tensors)):
+        for name, feature in self.body(tensor_list.tensors).items():
             small_mask = F.interpolate(mask[None].float(), size=feature.shape[-2:])[0].to(torch.bool)
-            out[str(i)] = NestedTensor(feature, small_mask)
+            out[name] = NestedTensor(feature, small_mask)
         return out
 
 
 class Backbone(BackboneBase):
-    """A torchvision ResNet-18/34/50/101 with `FrozenBatchNorm2d`; weights start at random (see `load_backbone_weights`).
+    """A ResNet of torchvision's with `FrozenBatchNorm2d`; weights start at random (see `load_backbone_weights`).
 
     Args:
-        name: "resnet18", "resnet34", "resnet50" or "resnet101".
+        name: one of `SUPERVISED_URLS`, "resnet50" for example.
         train_backbone, return_interm_layers, last_layer, num_maps: see `BackboneBase`.
-        dilation: keep layer4 at stride 16 by dilating its convolutions (DC5; ResNet-50 and -101).
+        dilation: keep layer4 at stride 16 by dilating its convolutions (DC5), for networks of bottlenecks.
 
     Raises:
         InputError: for another name, or DC5 with a network that has no bottleneck blocks or no layer4.
@@ -115,12 +126,15 @@ class Backbone(BackboneBase):
     def __init__(self, name: str, train_backbone: bool, return_interm_layers: bool, dilation: bool,
                  last_layer: str = "layer4", num_maps: Optional[int] = None) -> None:
         if name not in SUPERVISED_URLS:
-            raise InputError(f"--backbone {name} is not one of {', '.join(SUPERVISED_URLS)}")
+            raise InputError(f"--backbone {name!r} is not one of {', '.join(SUPERVISED_URLS)}")
         if last_layer not in LAYERS[2:]:
             raise InputError(f"--backbone_last_layer {last_layer} is not one of {', '.join(LAYERS[2:])}")
-        basic_blocks = name in ("resnet18", "resnet34")
-        if dilation and (basic_blocks or last_layer != "layer4"):
-            raise InputError("--dilation needs the layer4 of a resnet50 or resnet101")
+        basic_blocks = name in BASIC_BLOCKS
+        if dilation and basic_blocks:
+            raise InputError(f"--dilation needs a network of bottlenecks, which --backbone {name!r} is not; "
+                             "resnet50 is one")
+        if dilation and last_layer != "layer4":
+            raise InputError(f"--dilation needs layer4, not --backbone_last_layer {last_layer!r}")
         resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d,
                                                    replace_stride_with_dilation=[False, False, dilation])
         num_channels = (512 if basic_blocks else 2048) // (1 if last_layer == "layer4" else 2)

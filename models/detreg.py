@@ -73,7 +73,7 @@ class RegionNetwork(nn.Module):
     forward: crops [T, 3, P, P], normalised like the images -> embeddings [T, dim]. SwAV's projections have length 1.
 
     Args:
-        name: "resnet18", "resnet34", "resnet50" or "resnet101".
+        name: one of `SUPERVISED_URLS`, "resnet50" for example.
         head: one of `HEADS`.
 
     Raises:
@@ -83,7 +83,7 @@ class RegionNetwork(nn.Module):
     def __init__(self, name: str, head: str) -> None:
         super().__init__()
         if name not in SUPERVISED_URLS:
-            raise InputError(f"--backbone {name} is not one of {', '.join(SUPERVISED_URLS)}")
+            raise InputError(f"--backbone {name!r} is not one of {', '.join(SUPERVISED_URLS)}")
         resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d)
         layers = LAYERS[:2] if head == "intermediate" else LAYERS
         self.stem, self.layers = ("conv1", "bn1", "relu", "maxpool"), layers

@@ -12,9 +12,13 @@ STORED_SHAPE = ("nheads", "dilation", "position_embedding_scale", "mask_softmax"
 STORED_PRETEXT = ("num_patches", "query_shuffle", "no_attention_mask")
 NEEDED = {True: ("input_proj.0.0.weight", "transformer.decoder.layers.0.linear1.weight"),
           False: ("query_embed.weight", "transformer.decoder.norm.weight", "input_proj.weight")}
-# Number of residual blocks in layer1 … layer4, and whether they are bottlenecks (three convolutions).
-RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet34": ((3, 4, 6, 3), False),
-           "resnet50": ((3, 4, 6, 3), True), "resnet101": ((3, 4, 23, 3), True)}
+# Number of residual blocks in layer1 … layer4, whether they are bottlenecks (three convolutions), and the first two sides
+# of the first block's 3×3 weight: wide networks and those with groups differ there.
+RESNETS = {"resnet18": ((2, 2, 2, 2), False, (64, 64)), "resnet34": ((3, 4, 6, 3), False, (64, 64)),
+           "resnet50": ((3, 4, 6, 3), True, (64, 64)), "resnet101": ((3, 4, 23, 3), True, (64, 64)),
+           "resnet152": ((3, 8, 36, 3), True, (64, 64)), "resnext50_32x4d": ((3, 4, 6, 3), True, (128, 4)),
+           "resnext101_32x8d": ((3, 4, 23, 3), True, (256, 8)), "resnext101_64x4d": ((3, 4, 23, 3), True, (256, 4)),
+           "wide_resnet50_2": ((3, 4, 6, 3), True, (128, 128)), "wide_resnet101_2": ((3, 4, 23, 3), True, (128, 128))}
 
 
 def model_flags(checkpoint: Dict[str, Any], location: str, nheads: int | None) -> Dict[str, Any]:
@@ -101,8 +105,10 @@ def _deformable_architecture(state: Dict[str, Tensor], location: str, nheads: in
 def _backbone(state: Dict[str, Tensor], location: str) -> Dict[str, str]:
     blocks = tuple(len(_next_parts(state, f"backbone.0.body.{layer}.")) for layer in LAYERS)
     bottleneck = "backbone.0.body.layer1.0.conv3.weight" in state
-    for name, (whole, has_bottleneck) in RESNETS.items():
-        if bottleneck == has_bottleneck and blocks in (whole, (*whole[:3], 0)):
+    conv2 = state.get("backbone.0.body.layer1.0.conv2.weight")
+    found = (bottleneck, None if conv2 is None else tuple(conv2.shape[:2]))
+    for name, (whole, *rest) in RESNETS.items():
+        if found == tuple(rest) and blocks in (whole, (*whole[:3], 0)):
             return {"backbone": name, "backbone_last_layer": "layer4" if blocks[3] else "layer3"}
     raise InputError(f"{location}: its backbone, with {', '.join(map(str, blocks))} residual blocks, "
                      f"is none of {', '.join(RESNETS)}")

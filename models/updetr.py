@@ -84,7 +84,8 @@ class UPDETR(DETR):
 
     def patch_features(self, patches: Tensor) -> Tensor:
         """Patches [B, k, 3, P, P] -> globally average-pooled features of the backbone's last map [B, k, C]."""
-        feature = self.backbone[0].body(patches.flatten(0, 1))[-1].mean((2, 3))
+        maps = self.backbone[0].body(patches.flatten(0, 1))
+        feature = list(maps.values())[-1].mean((2, 3))
         return feature.unflatten(0, patches.shape[:2])
 
     def _queries(self, patch_feature: Tensor) -> Tensor:

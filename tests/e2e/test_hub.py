@@ -80,7 +80,7 @@ def test_dilation_and_number_of_classes() -> None:
         model = getattr(hubconf, name)(num_classes=7)
         assert model.class_embed.out_features == 8
         with torch.no_grad():
-            assert model.backbone[0].body(image)[-1].shape == (1, 2048, size, size)
+            assert model.backbone[0].body(image)["0"].shape == (1, 2048, size, size)
 
 
 def test_post_processors() -> None:

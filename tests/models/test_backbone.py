@@ -4,9 +4,10 @@ import torch
 import torchvision
 from torch import nn
 
-from models import build_model
-from models.backbone import (Backbone, BackboneBase, FrozenBatchNorm2d, Joiner, backbone_state_dict,
+from models import build_model, fused
+from models.backbone import (SUPERVISED_URLS, Backbone, BackboneBase, FrozenBatchNorm2d, Joiner, backbone_state_dict,
                              load_backbone_weights)
+from models.from_checkpoint import RESNETS, architecture
 from models.position_encoding import PositionEmbeddingSine
 from util.errors import InputError
 from util.misc import NestedTensor, nested_tensor_from_tensor_list
@@ -84,7 +85,27 @@ def test_dilated_features_equal_torchvisions():
     x = torch.randn(1, 3, 48, 48)
     with torch.no_grad():
         expected = nn.Sequential(*list(theirs.children())[:-2])(x)
-        assert_same_map(backbone.body(x)[0], expected)
+        assert_same_map(backbone.body(x)["0"], expected)
+
+
+@pytest.mark.parametrize("name", ["resnet152", "resnext50_32x4d", "wide_resnet50_2"])
+def test_torchvisions_other_resnets_are_backbones(name, tiny_args):
+    theirs = getattr(torchvision.models, name)(weights=None, replace_stride_with_dilation=[False, False, True]).eval()
+    model = build_model(tiny_args(backbone=name, dilation=True, lr_backbone=1e-5))[0]
+    backbone = model.backbone[0].eval()
+    weights = {key: value for key, value in theirs.state_dict().items()
+               if not key.startswith("fc.") and not key.endswith("num_batches_tracked")}
+    backbone.body.load_state_dict(weights)
+    x = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(backbone.body(x)["0"], nn.Sequential(*list(theirs.children())[:-2])(x))
+        with fused.steps():
+            assert fused.can_fuse(backbone.body)
+            assert_same_map(backbone.body(x)["0"], backbone(NestedTensor(x, torch.zeros(1, 48, 48).bool()))["0"].tensors)
+    assert backbone.num_channels == 2048 and set(SUPERVISED_URLS) == set(RESNETS)
+    trained = {key.split(".")[1] for key, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {"layer2", "layer3", "layer4"}
+    assert architecture(model.state_dict(), "file")["backbone"] == name
 
 
 def test_any_network_with_torchvisions_names_will_do():
@@ -95,9 +116,9 @@ def test_any_network_with_torchvisions_names_will_do():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("resnet99", True, False, False), "--backbone resnet99 is not one of resnet18, resnet34, resnet50, resnet101"),
-    (("resnet18", True, False, True), "--dilation needs the layer4 of a resnet50 or resnet101"),
-    (("resnet50", True, False, True, "layer3"), "--dilation needs the layer4"),
+    (("resnet99", True, False, False), "--backbone 'resnet99' is not one of resnet18, resnet34, resnet50, resnet101"),
+    (("resnet18", True, False, True), "--dilation needs a network of bottlenecks, which --backbone 'resnet18' is not"),
+    (("resnet50", True, False, True, "layer3"), "--dilation needs layer4, not --backbone_last_layer 'layer3'"),
     (("resnet50", True, False, False, "layer1"), "--backbone_last_layer layer1 is not one of layer3, layer4")])
 def test_impossible_backbones_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):

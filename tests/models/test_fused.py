@@ -38,11 +38,15 @@ def make_body(name="resnet18", dilation=False, train=True):
     return randomise(Backbone(name, train_backbone=train, return_interm_layers=True, dilation=dilation)).body
 
 
+def deepest(maps):
+    return list(maps.values())[-1]
+
+
 def run(body, images, on, backwards=True):
     """Maps and gradients of the body, with or without fused steps."""
     fused.enable(on)
     body.zero_grad()
-    maps = body(images)
+    maps = list(body(images).values())
     if backwards:
         generator = torch.Generator().manual_seed(1)
         sum((m * torch.randn(m.shape, generator=generator)).sum() / m.std().detach() for m in maps[1:]).backward()
@@ -78,7 +82,7 @@ def test_without_onednns_operator_public_ones_do_the_same():
     maps, gradients = run(body, images, on=True)
     assert_close(maps[-1], expected[-1], 1e-11)
     with torch.no_grad():
-        assert_close(body(images)[-1], expected[-1], 1e-11)
+        assert_close(deepest(body(images)), expected[-1], 1e-11)
     for key in gradients:
         assert_close(gradients[key], expected_gradients[key], 1e-9)
 
@@ -111,9 +115,9 @@ def test_a_step_is_the_composition_of_its_parts(kernel, stride, dilation, relu, 
 
 
 @pytest.mark.parametrize("relu, with_residual", [(True, True), (True, False), (False, False), (False, True)])
-def test_a_step_by_winograd_is_the_composition_of_its_parts(relu, with_residual, monkeypatch):
-    """With its gradients; it does take that way."""
-    trained = True
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_step_by_winograd_is_the_composition_of_its_parts(relu, with_residual, trained, monkeypatch):
+    """In training with its gradients, and with constant weights; both do take that way."""
     conv = nn.Conv2d(128, 136, 3, padding=1, bias=False)
     norm = randomise(FrozenBatchNorm2d(136))
     x = torch.randn(2, 128, 22, 26, requires_grad=trained)
@@ -151,17 +155,31 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(function, (x, residual, weight))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", [
+    lambda conv, norm: conv.weight.data.mul_(3), lambda conv, norm: norm.running_mean.data.add_(1),
+    lambda conv, norm: setattr(conv.weight, "data", -conv.weight), lambda conv, norm: setattr(norm, "eps", 1.0),
+    lambda conv, norm: conv.weight.detach().numpy().fill(0.5), lambda conv, norm: norm.weight.fill_(float("nan"))])
+def test_weights_kept_for_winograd_are_made_anew_after_any_change(change):
+    conv, norm = nn.Conv2d(128, 128, 3, padding=1, bias=False), randomise(FrozenBatchNorm2d(128))
+    x = torch.randn(1, 128, 16, 16).contiguous(memory_format=torch.channels_last)
+    before = fused.convolve(x, conv, norm)
+    assert conv in fused._kept and torch.equal(fused.convolve(x, conv, norm), before)
+    change(conv, norm)
+    torch.testing.assert_close(fused.convolve(x, conv, norm), norm(conv(x)).relu(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_changed_weights_are_seen_at_once():
-    """However they are changed: no folded weight is kept."""
+    """However they are changed."""
     body, images = make_body(train=False), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        first = body(images)[-1].clone()
-        assert torch.equal(body(images)[-1], first)
+        first = deepest(body(images)).clone()
+        assert torch.equal(deepest(body(images)), first)
         for change in (lambda: body.conv1.weight.mul_(2), lambda: body.layer3[0].bn1.bias.add_(1),
                        lambda: body.load_state_dict(make_body("resnet18").state_dict()),
                        lambda: setattr(body.layer4[0].conv1, "weight", nn.Parameter(torch.rand(512, 256, 3, 3) / 100))):
             change()
-            after = body(images)[-1].clone()
+            after = deepest(body(images)).clone()
             assert not torch.equal(after, first)
             assert_close(after, run(body, images, on=False, backwards=False)[0][-1])
             fused.enable(True)
@@ -172,15 +190,15 @@ def test_weights_changed_behind_autograds_back_are_seen():
     """As averages of weights are often put in place: by `weight.data.copy_`."""
     body, images = make_body(train=False), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        first = body(images)[-1].clone()
+        first = deepest(body(images)).clone()
         body.layer4[1].conv2.weight.data.mul_(3)
-        assert not torch.equal(body(images)[-1], first)
+        assert not torch.equal(deepest(body(images)), first)
 
 
 def test_inference_mode_and_copies_work():
     body, images = make_body(train=False), torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
-        expected = body(images)[-1].clone()
+        expected = deepest(body(images)).clone()
         inside = make_body(train=False)  # weights that are born in inference mode have no version
         torch.testing.assert_close(inside(images)[-1], expected)
         inside.conv1.weight.mul_(2)
@@ -217,16 +235,16 @@ def test_other_normalisation_is_run_as_it_is(make_other):
     resnet = make_other()
     body, images = ResNetBody(resnet, "layer4", 1), torch.randn(2, 3, 64, 64)
     assert not fused.can_fuse(body)
-    assert body(images)[-1].shape == (2, 512, 2, 2)
+    assert deepest(body(images)).shape == (2, 512, 2, 2)
 
 
 def test_a_traced_body_is_made_of_public_operators():
     body = make_body(train=False)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        traced = torch.jit.trace(lambda x: body(x)[-1], images, check_trace=False)
+        traced = torch.jit.trace(lambda x: deepest(body(x)), images, check_trace=False)
         assert "mkldnn::" not in str(traced.inlined_graph)
-        assert_close(traced(images), body(images)[-1])
+        assert_close(traced(images), deepest(body(images)))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -269,7 +287,7 @@ def test_calls_outside_of_steps_are_torchvisions_own():
         x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
         for layer in (body.layer1, body.layer2, body.layer3, body.layer4):
             x = layer(x)
-        assert torch.equal(body(images)[-1], x)
+        assert torch.equal(deepest(body(images)), x)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -280,12 +298,12 @@ def test_what_is_not_finite_stays_so(train, where, value):
     with torch.no_grad():
         tensor = {"pixel": images, "weight": body.layer2[0].conv2.weight, "norm": body.layer3[0].bn1.bias}[where]
         tensor.view(-1)[0] = value
-    assert not body(images)[-1].isfinite().all()
+    assert not deepest(body(images)).isfinite().all()
 
 
 def test_stored_parameters_and_gradients_are_contiguous():
     body = make_body("resnet50")
-    body(torch.randn(1, 3, 64, 64))[-1].sum().backward()
+    deepest(body(torch.randn(1, 3, 64, 64))).sum().backward()
     assert all(value.is_contiguous() for value in body.state_dict().values())
     gradients = [p.grad for p in body.parameters() if p.grad is not None]
     assert len(gradients) > 30 and all(grad.is_contiguous() for grad in gradients)
@@ -316,7 +334,7 @@ def test_torchs_newer_switches_of_precision_are_heard():
     for switch in switches:
         before, switch.fp32_precision = switch.fp32_precision, "ieee"
         try:
-            assert body(images)[-1].isfinite().all()
+            assert deepest(body(images)).isfinite().all()
             fused.memory_format(images)
         finally:
             switch.fp32_precision = before

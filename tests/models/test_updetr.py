@@ -192,7 +192,7 @@ def test_patch_features_are_the_pooled_last_map(updetr, patches):
     model = updetr()
     with torch.no_grad():
         features = model.patch_features(patches)
-        alone = model.backbone[0].body(patches[1, 2][None])[-1]
+        alone = model.backbone[0].body(patches[1, 2][None])["0"]
     assert features.shape == (2, 3, 512)
     torch.testing.assert_close(features[1, 2], alone[0].flatten(1).mean(1), rtol=1e-4, atol=1e-5)
 

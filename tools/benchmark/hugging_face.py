@@ -10,10 +10,12 @@ from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 from transformers.utils import logging
 
 from tools.benchmark.contender import AMP_TYPES, moved, read_data
+from util.errors import InputError
 
 TRAINED_STAGES = re.compile(r"\.stages\.[123]\.")  # of Hugging Face's ResNet: torchvision's layer2 … layer4
 RESNETS = {"resnet18": ("basic", [2, 2, 2, 2]), "resnet34": ("basic", [3, 4, 6, 3]),
-           "resnet50": ("bottleneck", [3, 4, 6, 3]), "resnet101": ("bottleneck", [3, 4, 23, 3])}
+           "resnet50": ("bottleneck", [3, 4, 6, 3]), "resnet101": ("bottleneck", [3, 4, 23, 3]),
+           "resnet152": ("bottleneck", [3, 8, 36, 3])}
 
 
 class HuggingFace:
@@ -135,6 +137,8 @@ class HuggingFaceLosses:
 
 def build_model(options: Dict[str, Any]) -> nn.Module:
     """Their model for our flags."""
+    if options["backbone"] not in RESNETS:
+        raise InputError(f"--against hf: Hugging Face has no --backbone {options['backbone']!r}")
     layer_type, depths = RESNETS[options["backbone"]]
     deformable = options["model"] == "deformable_detr"
     widths = [64, 128, 256, 512] if layer_type == "basic" else [256, 512, 1024, 2048]
