@@ -141,3 +141,15 @@ def test_data_sets(space, tmp_path):
     (tmp_path / "MSCoco").symlink_to(tmp_path)
     assert len(build_dataset("val", space("detreg", dataset="coco", data_root=str(tmp_path)))) == 1
     assert len(build_dataset("train", space("updetr_pretrain", imagenet_path=str(tmp_path)))) == 1
+
+
+def test_flags_of_every_published_model_are_understood(published):
+    models = published.get("models", published)
+    for name, model in models.items():
+        args = recipes.settled(argparse.Namespace(**model["args"]))
+        pretraining = "imagenet" if name.startswith("updetr_pretrain") else "regions"
+        assert args.model == ("deformable_detr" if "def" in name else "detr"), name
+        assert (args.dataset_file == pretraining) == ("pretrain" in name), name
+        recipe = recipes.RECIPES[args.model, args.dataset_file]
+        given = {flag: value for flag, value in model["args"].items() if flag in recipe}
+        assert {flag: getattr(args, flag) for flag in given} == given, name
