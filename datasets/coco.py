@@ -28,7 +28,7 @@ from datasets.usable_images import UsableImages
 from util import recipes
 from util.distributed import print_main
 from util.errors import InputError
-from util.files import open_regular, read_json, shown
+from util.files import folder_fault, open_regular, read_json, shown
 
 __all__ = [
     "CROP_RESIZES", "CROP_SIZES", "CocoDetection", "ConvertCocoPolysToMask", "DetectionDataset", "build",
@@ -483,7 +483,7 @@ class CocoDetection(DetectionDataset):
         apply_exif: bool = False,
     ) -> None:
         if not os.path.isdir(img_folder):
-            raise InputError(f"image folder {img_folder} does not exist")
+            raise InputError(f"image folder {shown(img_folder)} {folder_fault(img_folder)}")
         ground_truth = read_ground_truth(ann_file)
         num_classes = num_classes_of(ground_truth, ann_file, num_classes)
         check_ground_truth(ground_truth, ann_file, num_classes, need_masks=return_masks, fewer_classes=fewer_classes)
@@ -672,7 +672,7 @@ def locate(args: argparse.Namespace, root_flag: str, flag: str, usual: str) -> P
     """
     root, given = getattr(args, root_flag, None), getattr(args, flag, None)
     if root and not os.path.isdir(root):
-        raise InputError(f"--{root_flag} {root} does not exist")
+        raise InputError(f"--{root_flag} {shown(root)} {folder_fault(root)}")
     return Path(root or "", given or usual) if root or given else None
 
 

@@ -25,7 +25,7 @@ from datasets.patches import PatchAugmentation, augment_patches, cut_patches
 from datasets.usable_images import UsableImages
 from util.box_ops import box_xyxy_to_cxcywh
 from util.errors import InputError
-from util.files import read_text
+from util.files import folder_fault, read_text, shown
 
 __all__ = ["PRETRAIN_MAX_SIZE", "PRETRAIN_SIZES", "PatchPretext", "Pretext", "PretextDataset", "RandomPatches", "View",
            "build", "check_sizes", "choose_files", "is_held_out", "list_images", "num_classes_and_names", "open_image",
@@ -86,7 +86,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
 
     root = Path(root)
     if not os.path.isdir(root):
-        raise InputError(f"image folder {root} does not exist")
+        raise InputError(f"image folder {shown(root)} {folder_fault(root)}")
     found, visited = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         status = os.stat(folder)

@@ -17,6 +17,7 @@ from datasets.image_checks import ImageCheck, InstancesCheck, PanopticCheck
 from datasets.panoptic import panoptic_problems, read_panoptic
 from datasets.pretext import list_images
 from util.errors import InputError
+from util.files import folder_fault, shown
 
 __all__ = ["Files", "Survey", "find_files", "survey"]
 
@@ -94,7 +95,7 @@ def survey(part: str, files: Files, args: argparse.Namespace) -> Survey:
         The survey; whatever is wrong is among its problems.
     """
     args = argparse.Namespace(**{**vars(args), "eval": part == "val"})
-    found = Survey([Problem("json", f"folder {folder}", "does not exist")
+    found = Survey([Problem("json", f"folder {shown(folder)}", folder_fault(folder))
                     for folder in (files.images, files.segments) if folder and not folder.is_dir()])
     fill = {"coco": _survey_coco, "coco_panoptic": _survey_panoptic, "voc": _survey_voc, "imagenet": _survey_images}
     try:

@@ -19,11 +19,12 @@ from datasets.subsets import restriction
 from util import recipes
 from util.distributed import print_main
 from util.errors import InputError
-from util.files import open_regular, read_text, shown
+from util.files import folder_fault, open_regular, read_text, shown
 
 __all__ = ["Object", "Picture", "VOC_CLASSES", "VocDetection", "as_coco", "build", "class_problems", "devkit",
            "find_pictures", "names_of", "naming_part", "num_classes_and_names", "read_annotation"]
 
+DIFFICULT_MARKS = ("1", "1.0", "true", "yes")
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -331,7 +332,7 @@ def _read_object(element: ElementTree.Element) -> Object | Fault:
         return Fault("box", f"has an object {name!r} without four numbers in bndbox")
     if not (x1 >= x0 and y1 >= y0):
         return Fault("box", f"has an object {name!r} whose box ends before it begins")
-    difficult = (element.findtext("difficult") or "0").strip() == "1"
+    difficult = (element.findtext("difficult") or "0").strip().lower() in DIFFICULT_MARKS
     return Object(name, (x0 - 1, y0 - 1, x1, y1), difficult)
 
 
@@ -345,5 +346,5 @@ def devkit(args: argparse.Namespace) -> Path:
         raise InputError("--voc_path is needed: the VOCdevkit folder that holds VOC2007 and VOC2012")
     root = Path(args.voc_path)
     if not os.path.isdir(root):
-        raise InputError(f"--voc_path {root} does not exist")
+        raise InputError(f"--voc_path {shown(root)} {folder_fault(root)}")
     return root

@@ -47,7 +47,7 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
     path = _download(location, flag) if downloaded else str(location)
     given = _given(flag, location if downloaded else path)
     if not os.path.isfile(path):
-        raise InputError(f"{given}: no such file")
+        raise InputError(f"{given}: {'is not a regular file' if os.path.exists(path) else 'no such file'}")
     try:
         checkpoint = load_plain(path)
     except Exception as error:  # a damaged file can make the unpickler raise anything

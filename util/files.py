@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from util.errors import InputError
 
-__all__ = ["open_regular", "read_json", "read_text", "shown"]
+__all__ = ["folder_fault", "open_regular", "read_json", "read_text", "shown"]
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # PowerShell's
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
@@ -78,6 +78,17 @@ def shown(name: object) -> str:
     """Return a path or a name as a message shows it: as it is, or quoted and escaped where it couldn't be printed."""
     text = os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else str(name)
     return text if text and text.isprintable() else repr(text)
+
+
+def folder_fault(path: str | os.PathLike) -> str:
+    """Say what is wrong with a path that isn't a folder: "does not exist", or what it is instead."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"can't be read ({_reason(error)})"
+    return f"is {next((kind for is_kind, kind in _KINDS if is_kind(mode)), 'a file')}, not a folder"
 
 
 def _check_regular(status: os.stat_result, path: str | os.PathLike, what: str) -> None:

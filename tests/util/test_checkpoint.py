@@ -167,8 +167,8 @@ def test_what_is_no_checkpoint(tmp_path, name, data):
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    for path in (tmp_path / "missing.pth", tmp_path):
-        with pytest.raises(InputError, match=f"^--load_backbone {path}: no such file$"):
+    for path, words in ((tmp_path / "missing.pth", "no such file"), (tmp_path, "is not a regular file")):
+        with pytest.raises(InputError, match=f"^--load_backbone {path}: {words}$"):
             load_checkpoint(str(path), flag="--load_backbone")
 
 

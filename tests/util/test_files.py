@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from util.errors import InputError
-from util.files import open_regular, read_json, read_text, shown
+from util.files import folder_fault, open_regular, read_json, read_text, shown
 
 
 def test_text_is_the_same_with_and_without_a_byte_order_mark(tmp_path):
@@ -55,3 +55,11 @@ def test_names_that_cannot_be_printed_are_escaped():
     assert shown("a folder/é.jpg") == "a folder/é.jpg"
     assert shown(os.fsdecode(b"\xe9.jpg")) == r"'\udce9.jpg'"
     assert shown("two\nlines") == r"'two\nlines'"
+
+
+def test_what_is_no_folder_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    for name, words in (("none", "does not exist"), ("pipe", "is a named pipe, not a folder"),
+                        ("file", "is a file, not a folder"), ("file/below", "can't be read (Not a directory)")):
+        assert folder_fault(tmp_path / name) == words
