@@ -26,6 +26,7 @@ from models import winograd
 
 # What a network is made of that may be run by `resnet_maps`. Only its own code knows what to do with anything else.
 _KNOWN = (BasicBlock, Bottleneck, nn.Sequential, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Identity)
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
 _enabled = True
 ALMOST_ZERO = 1e-20  # slope below 0 of oneDNN's ReLU, which with a slope of 0 turns NaN into 0
 
@@ -99,9 +100,26 @@ def can_fuse(resnet: nn.Module) -> bool:
             return False
         if "forward" in vars(module) or isinstance(module, nn.Conv2d) and not _plain(module):
             return False
+        if isinstance(module, (BasicBlock, Bottleneck)) and not _standard(module):
+            return False
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return False
-    return True
+    stages = [getattr(resnet, name) for name in _STAGES if hasattr(resnet, name)]
+    return _are_steps(resnet, ("conv1", "bn1", "relu")) and all(
+        isinstance(block, (BasicBlock, Bottleneck)) for stage in stages for block in stage.children())
+
+
+def _standard(block: Union[BasicBlock, Bottleneck]) -> bool:
+    """Say if a block still consists of what its class has put into it: a part may have been exchanged for another."""
+    names = ("conv1", "bn1", "conv2", "bn2", "relu") + (("conv3", "bn3") if isinstance(block, Bottleneck) else ())
+    shortcut = block.downsample
+    return _are_steps(block, names) and (shortcut is None or type(shortcut) is nn.Sequential and
+                                         [type(part) for part in shortcut] == [nn.Conv2d, FrozenBatchNorm2d])
+
+
+def _are_steps(owner: nn.Module, names: Sequence[str]) -> bool:
+    types = {"c": nn.Conv2d, "b": FrozenBatchNorm2d, "r": nn.ReLU}
+    return all(type(getattr(owner, name)) is types[name[0]] for name in names)
 
 
 def _watched() -> bool:
@@ -110,12 +128,13 @@ def _watched() -> bool:
     return bool(torch.compiler.is_compiling() or torch.jit.is_tracing()
                 or not _counted and (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
                 or torch._C._functorch.peek_interpreter_stack() is not None
+                or torch.autograd.forward_ad._current_level >= 0
                 or hooks._global_forward_hooks or hooks._global_forward_pre_hooks
                 or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
 def _plain(conv: nn.Conv2d) -> bool:
-    return conv.bias is None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return type(conv.weight) in (nn.Parameter, Tensor) and conv.bias is None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def resnet_maps(resnet: nn.Module, layers: Sequence[str], x: Tensor) -> List[Tensor]:

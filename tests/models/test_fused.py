@@ -347,3 +347,74 @@ def test_steps_that_are_counted_are_taken_under_modes():
             assert fused.can_fuse(body)
     with torch.utils._python_dispatch.TorchDispatchMode():
         assert not fused.can_fuse(body)
+
+
+def put(owner, name, part):
+    setattr(owner, name, part)
+
+
+@pytest.mark.parametrize("exchange", [
+    lambda body: put(body.layer2[0], "relu", nn.Identity()), lambda body: put(body.layer2[0], "bn1", nn.Identity()),
+    lambda body: put(body.layer2[0], "downsample", nn.Identity()), lambda body: put(body, "relu", nn.Identity()),
+    lambda body: put(body.layer2[0], "relu", nn.GELU()), lambda body: body.layer2.append(nn.Identity()),
+    lambda body: nn.utils.parametrizations.weight_norm(body.layer2[0].conv1)])
+def test_exchanged_parts_are_run_as_they_are(exchange):
+    body, images = make_body(train=False).eval(), torch.randn(1, 3, 64, 64)
+    exchange(body)
+    assert not fused.can_fuse(body)
+    if body.layer2[0].downsample is not None and not isinstance(body.layer2[0].downsample, nn.Identity):
+        assert deepest(body(images)).isfinite().all()
+
+
+def plain_body():
+    """A ResNet-18 of float64 whose calls take no fused steps, and a small image."""
+    fused._inside = False
+    return make_body().double().eval(), torch.randn(1, 3, 16, 16, dtype=torch.float64)
+
+
+def test_second_derivatives_and_forward_mode_as_torch_has_them():
+    body, image = plain_body()
+    image.requires_grad_()
+    gradient, = torch.autograd.grad(deepest(body(image)).square().sum(), image, create_graph=True)
+    second, = torch.autograd.grad(gradient.square().sum(), image)
+    assert second.isfinite().all() and second.abs().sum() > 0
+    _, along = torch.func.jvp(lambda x: deepest(body(x)), (image.detach(),), (torch.ones_like(image),))
+    with fused.steps():  # transforms are served step by step here, too
+        _, inside = torch.func.jvp(lambda x: deepest(body(x)), (image.detach(),), (torch.ones_like(image),))
+    assert torch.equal(along, inside)
+
+
+def test_functional_calls_and_their_gradients_see_the_given_weights():
+    body, image = plain_body()
+    weights = {name: 1.5 * value.detach() for name, value in body.named_parameters()}
+
+    def loss(weights):
+        return deepest(torch.func.functional_call(body, weights, (image,))).square().mean()
+
+    expected = copy.deepcopy(body)
+    expected.load_state_dict(weights, strict=False)
+    with fused.steps():
+        found = torch.func.grad(loss)(weights)
+        assert_close(loss(weights), deepest(expected(image)).square().mean())
+    deepest(expected(image)).square().mean().backward()
+    for name, p in expected.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad)
+
+
+def test_fx_traces_the_steps_one_by_one():
+    body, image = plain_body()
+    with torch.no_grad():
+        assert torch.equal(deepest(torch.fx.symbolic_trace(body)(image)), deepest(body(image)))
+
+
+def test_a_copy_and_a_moving_average_have_weights_of_their_own():
+    body, images = make_body(train=False), torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        before = deepest(body(images)).clone()
+        teacher = copy.deepcopy(body)
+        for p in teacher.parameters():
+            p.data = p.data * 0.9
+        assert_close(deepest(teacher(images)), deepest(copy.deepcopy(teacher)(images)))
+        assert not torch.allclose(deepest(teacher(images)), before)
+        assert torch.equal(deepest(body(images)), before)
