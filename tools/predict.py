@@ -111,7 +111,7 @@ def find_images(arguments: Sequence[str], output_dir: str) -> List[Source]:
         elif given.exists():
             found.setdefault(given, Path(given.name))
         else:
-            raise InputError(f"{argument}: no such file or folder")
+            raise InputError(f"{shown(argument)}: no such file or folder")
     originals = {path.resolve() for path in found}
     taken: Set[Path] = set()
     sources = []
@@ -342,7 +342,7 @@ def main(args: argparse.Namespace) -> None:
                 remember(files[source])
             listed = ", ".join(f"{count} {name}" for name, count in view.counts(mine).most_common())
             listed = listed or f"nothing above {threshold:g}, best {best:.2g}"
-            print(f"{source.path}: {listed}", flush=True)
+            print(f"{shown(source.path)}: {listed}", flush=True)
             entries += mine
     if len(failed) == len(sources):
         raise InputError(f"none of the {len(sources)} images can be read")

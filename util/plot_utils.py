@@ -120,7 +120,7 @@ def read_log(folder: PathLike, log_name: str = "log.txt") -> List[Line]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
             if number == len(texts) > 1 and not whole.endswith("\n"):
                 break
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
@@ -192,7 +192,9 @@ def _class_points(lines: List[Line], entry: str, name: str, place: int) -> List[
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63  # larger ones may be no float
 
 
 def smooth(points: List[Point], centre_of_mass: float) -> List[Point]:
@@ -229,7 +231,7 @@ def _draw_field(axis: Any, runs: Dict[str, List[Line]], field: str, ewm_col: flo
             epochs, values = zip(*(smooth(curve.points, ewm_col) if ewm_col else curve.points))
             axis.plot(epochs, values, curve.style, color=colour, linewidth=1.6, markersize=3.5,
                       marker="o" if len(epochs) <= MARKED_POINTS else "")
-    axis.set_title(f"{field} (%)" if field in (*PERCENT_FIELDS, *PER_CLASS_FIELDS) else field)
+    axis.set_title(f"{field} (%)" if field in (*PERCENT_FIELDS, *PER_CLASS_FIELDS) else _plain_text(field))
     epochs = [line["epoch"] + 1 for lines in runs.values() for line in lines]
     margin = max(0.03 * (max(epochs) - min(epochs)), 0.5)
     axis.set(xlabel="epochs finished", xlim=(min(epochs) - margin, max(epochs) + margin))
@@ -237,8 +239,13 @@ def _draw_field(axis: Any, runs: Dict[str, List[Line]], field: str, ewm_col: flo
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if len(named) > 1 or by_class:
-        axis.legend(list(named.values()), list(named), frameon=False, fontsize="small",
+        axis.legend(list(named.values()), [_plain_text(name) for name in named], frameon=False, fontsize="small",
                     ncols=math.ceil(len(named) / LEGEND_ROWS))
+
+
+def _plain_text(text: str) -> str:
+    """A name as matplotlib is to show it: it takes dollars for mathematics, and can't draw halves of characters."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def run_colour(number: int) -> Any:
@@ -252,7 +259,8 @@ def _name_runs(figure: Any, axis: Any, labels: List[str]) -> None:
     width, height = figure.get_size_inches()
     per_row = max(1, int(width * 11 / (max(map(len, labels)) + 6)))  # some eleven letters to the inch
     figure.set_size_inches(width, height + LEGEND_ROW_INCHES * math.ceil(len(labels) / per_row))
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(per_row, len(labels)), frameon=False)
+    figure.legend(handles, [_plain_text(label) for label in labels], loc="outside lower center",
+                  ncols=min(per_row, len(labels)), frameon=False)
 
 
 def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]], naming_scheme: Optional[str] = None) -> Any:

@@ -59,7 +59,7 @@ def test_wrong_input_is_told_in_a_sentence(finetuned: Path, tmp_path: Path, run_
     assert f"{tmp_path}/a/log.txt" in refused(tmp_path / "a")
     assert "no run has the field 'speed' in its log.txt; there are loss, mAP" in refused(finetuned, "--fields", "speed")
     assert "the name must end in one of .png" in refused(finetuned, "--output", tmp_path / "curves.txt")
-    assert "the smoothing must be at least 0, got -1.0" in refused(finetuned, "--ewm_col", -1)
+    assert "--ewm_col -1.0 must be at least 0" in refused(finetuned, "--ewm_col", -1)
     bare = write_run(tmp_path / "bare", [{"epoch": 0, "train_lr": 0.1}])
     assert refused(bare) == ("error: the runs have none of loss, AP, AP50, AP_per_class, maskAP, PQ, patch_iou; "
                              "choose --fields among lr\n")

@@ -172,3 +172,21 @@ def test_each_class_has_a_curve(tmp_path: Path) -> None:
     assert curves(figure, 0) == {"-": [[1, 2], [25, 50]], "--": [[2], [12.5]]}
     assert curves(figure, 1) == {"-": [[1, 2], [50, 75]], "--": [[2], [25]]}
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["cat", "dog"]
+
+
+def test_names_that_matplotlib_would_read_as_formulas(tmp_path):
+    names = ("$x^$", "half \ud800", "a\nb", "dog")
+    lines = [{"epoch": 0, "train_loss": 1.5, "test_coco_eval_bbox_per_class": {name: [0.1, 0.2] for name in names}}]
+    figure = plot_logs([write_log(tmp_path / "one $x^$", lines), write_log(tmp_path / "two", lines)],
+                       ["AP_per_class", "loss"])
+    figure.savefig(tmp_path / "curves.png")
+
+
+def test_numbers_that_are_no_floats(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text('{"epoch": 0, "train_loss": 1' + "0" * 400 + "}\n")
+    with pytest.raises(InputError, match="no run has the field 'loss'"):
+        plot_logs(tmp_path, "loss")
+    log.write_text('{"epoch": 1' + "1" * 5000 + "}\n")
+    with pytest.raises(InputError, match="line 1: not JSON"):
+        plot_logs(tmp_path, "loss")
