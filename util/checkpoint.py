@@ -110,7 +110,7 @@ def _refuse_repeated_elements(content: Any) -> None:
         value = waiting.pop()
         if isinstance(value, Tensor):
             needed = value.numel() * value.element_size()
-            if value.layout == torch.strided and needed > MOST_UNPACKED * value.untyped_storage().nbytes() + 2 ** 20:
+            if value.layout == torch.strided and needed > MOST_UNPACKED * value.untyped_storage().nbytes() + 2 ** 28:
                 raise ValueError(f"a tensor of shape {list(value.shape)} is stored as {value.untyped_storage().nbytes()} bytes")
         elif isinstance(value, (dict, list, tuple, argparse.Namespace)) and id(value) not in seen:
             seen.add(id(value))
