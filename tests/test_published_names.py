@@ -261,7 +261,7 @@ def test_names_of_precision_recall_curves(tmp_path):
         torch.save(tables, tmp_path / run / "eval" / "latest.pth")
     files = [tmp_path / run / "eval" / "latest.pth" for run in ("one", "two")]
     for scheme, names in (("exp_id", ["one", "two"]), ("iter", ["latest", "latest"])):
-        figure = plot_precision_recall(files, scheme)
+        figure, axes = plot_precision_recall(files, scheme)
         assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     with pytest.raises(InputError, match="^the naming scheme 'name' is neither 'exp_id' nor 'iter'$"):
         plot_precision_recall(files, "name")

@@ -263,7 +263,8 @@ def _name_runs(figure: Any, axis: Any, labels: List[str]) -> None:
                   ncols=min(per_row, len(labels)), frameon=False)
 
 
-def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]], naming_scheme: Optional[str] = None) -> Any:
+def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]], naming_scheme: Optional[str] = None
+                          ) -> Tuple[Any, Any]:
     """Draw precision against recall, and the score at which each recall is reached, at IoU 0.5, averaged over classes.
 
     Args:
@@ -272,7 +273,7 @@ def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]], naming_sch
             it takes to tell them apart.
 
     Returns:
-        the matplotlib Figure, as from `plot_logs`.
+        the matplotlib Figure and its two axes.
 
     Raises:
         InputError: if a file is missing or holds something else, or if it has no class with ground truth; if the naming
@@ -283,7 +284,8 @@ def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]], naming_sch
     paths = [Path(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     if not paths:
         raise InputError("no evaluations to plot")
-    figure, (precision_axis, score_axis) = _panels(2)
+    figure, axes = _panels(2)
+    precision_axis, score_axis = axes
     labels = run_labels(paths)
     for number, path in enumerate(labels.values()):
         recall, precision, score = read_precision_recall(path)
@@ -297,7 +299,7 @@ def plot_precision_recall(files: Union[PathLike, Sequence[PathLike]], naming_sch
     names = {None: list(labels), "iter": [path.stem for path in labels.values()],
              "exp_id": [path.absolute().parent.parent.name for path in labels.values()]}
     _name_runs(figure, precision_axis, names[naming_scheme])
-    return figure
+    return figure, axes
 
 
 def read_precision_recall(path: PathLike) -> Tuple[List[float], List[float], List[float]]:
