@@ -234,7 +234,7 @@ def damaged(content, seed):
 
 def test_a_damaged_part_of_a_proposal_cache_is_refused_in_a_sentence(tmp_path):
     cache = ProposalCache.create(tmp_path / "cache", 1)
-    entries = {"a.jpg": Entry(10, np.ones((3, 5), np.uint8)), "b/ö.jpg": Entry(11, np.zeros((0, 5), np.uint8))}
+    entries = {"a.jpg": Entry(10, np.ones((3, 6), np.uint8)), "b/ö.jpg": Entry(11, np.zeros((0, 6), np.uint8))}
     cache.write(0, entries)
     path = tmp_path / "cache" / "proposals-00000.npz"
     whole, refused = path.read_bytes(), 0
@@ -250,9 +250,9 @@ def test_a_damaged_part_of_a_proposal_cache_is_refused_in_a_sentence(tmp_path):
 def test_a_cache_whose_arrays_do_not_go_together_is_refused(tmp_path):
     cache = ProposalCache.create(tmp_path / "cache", 1)
     arrays = {"names": np.frombuffer(b"a\0", np.uint8), "file_sizes": np.array([5]), "ends": np.array([2]),
-              "regions": np.zeros((2, 5), np.uint8)}
+              "regions": np.zeros((2, 6), np.uint8)}
     for change in ({}, {"ends": np.array([3])}, {"ends": np.array([-1])}, {"regions": np.zeros((2, 4), np.uint8)},
-                   {"regions": np.zeros((2, 5))}, {"file_sizes": np.array([5, 6])}, {"names": np.zeros(0, np.uint8)}):
+                   {"regions": np.zeros((2, 6))}, {"file_sizes": np.array([5, 6])}, {"names": np.zeros(0, np.uint8)}):
         np.savez(tmp_path / "cache" / "proposals-00000.npz", **{**arrays, **change})
         if not change:
             assert list(cache.read(0)) == ["a"]
