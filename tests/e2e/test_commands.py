@@ -27,23 +27,30 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights_cache(tmp_path_factory):
-    """torch.hub's cache as it is after the downloads: a ResNet-50 as SwAV publishes it and torchvision's ResNets."""
+    """torch.hub's cache as it is after the download of a ResNet-50 as SwAV publishes it."""
     home = tmp_path_factory.mktemp("torch_home")
     folder = home / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     swav = {f"module.{name}": value for name, value in torchvision.models.resnet50().state_dict().items()
             if not name.startswith("fc.")}
     torch.save({**swav, "module.projection_head.0.weight": torch.zeros(2, 2)}, folder / "swav_800ep_pretrain.pth.tar")
-    torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18-f37072fd.pth")
     return {"TORCH_HOME": str(home)}
 
 
 @pytest.fixture(scope="module")
-def pretrained(toy, weights_cache, tmp_path_factory):
+def backbone(tmp_path_factory):
+    """The flag of a ResNet-18's weights, as torchvision saves them."""
+    path = tmp_path_factory.mktemp("backbone") / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return ["--load_backbone", path]
+
+
+@pytest.fixture(scope="module")
+def pretrained(toy, backbone, tmp_path_factory):
     out = tmp_path_factory.mktemp("pretrained")
     run(["main.py", *"--lr_drop 40 --epochs 60 --pre_norm --num_patches 10 --batch_size 32 --feature_recon --fre_cnn".split(),
          "--imagenet_path", toy / "unlabelled", "--output_dir", out, *SMALL_PRETRAIN, *ONE_EPOCH,
-         "--load_backbone", "supervised"], env=weights_cache)
+         *backbone])
     return out / "checkpoint.pth"
 
 
@@ -76,10 +83,10 @@ def test_published_pretraining_command_with_swav_resnet50(toy, weights_cache, tm
 
 
 @EVERY_LAUNCHER
-def test_pretraining(toy, weights_cache, tmp_path, launcher):
+def test_pretraining(toy, backbone, tmp_path, launcher):
     run(["main.py", *"--lr_drop 40 --epochs 60 --pre_norm --num_patches 10 --batch_size 32 --feature_recon --fre_cnn".split(),
          "--imagenet_path", toy / "unlabelled", "--output_dir", tmp_path, *SMALL_PRETRAIN, *ONE_EPOCH, "--num_queries", "20",
-         "--load_backbone", "supervised", "--held_out_share", "0.3"], launcher, env=weights_cache)
+         *backbone, "--held_out_share", "0.3"], launcher)
     line, = log_lines(tmp_path)
     assert 0 <= line["test_patch_iou"] <= 1 and 0 <= line["test_control_iou"] <= 1
 
@@ -116,15 +123,15 @@ def test_evaluation_is_the_same_for_one_and_two_processes(toy, finetuned, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def trained_from_scratch(toy, weights_cache, tmp_path_factory):
+def trained_from_scratch(toy, backbone, tmp_path_factory):
     out = tmp_path_factory.mktemp("scratch")
-    run(["main.py", "--coco_path", toy / "coco", *SMALL_COCO, *ONE_EPOCH, "--output_dir", out], env=weights_cache)
+    run(["main.py", "--coco_path", toy / "coco", *SMALL_COCO, *ONE_EPOCH, *backbone, "--output_dir", out])
     return out / "checkpoint.pth"
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "launch"])
-def test_training_detr_on_two_processes(toy, weights_cache, tmp_path, launcher):
-    run(["main.py", "--coco_path", toy / "coco", *SMALL_COCO, *ONE_EPOCH], launcher, env=weights_cache)
+def test_training_detr_on_two_processes(toy, backbone, tmp_path, launcher):
+    run(["main.py", "--coco_path", toy / "coco", *SMALL_COCO, *ONE_EPOCH, *backbone], launcher)
 
 
 def test_evaluation_of_a_checkpoint_from_a_url(toy, trained_from_scratch, tmp_path):
@@ -147,9 +154,9 @@ def test_evaluation_of_an_official_checkpoint_with_a_namespace(toy, trained_from
          toy / "coco", *SMALL_COCO])
 
 
-def test_voc_training_and_evaluation(toy, weights_cache, tmp_path):
+def test_voc_training_and_evaluation(toy, backbone, tmp_path):
     flags = [*SMALL_COCO, "--voc_path", toy / "VOCdevkit"]
-    run(["main.py", *flags, *ONE_EPOCH, "--remove_difficult", "--output_dir", tmp_path], env=weights_cache)
+    run(["main.py", *flags, *ONE_EPOCH, *backbone, "--remove_difficult", "--output_dir", tmp_path])
     done = run(["main.py", *flags, "--eval", "--resume", tmp_path / "checkpoint.pth"])
     assert len(log_lines(tmp_path)[0]["test_coco_eval_bbox"]) == 12 and "Average Precision" in done.stdout
 

@@ -18,7 +18,7 @@ PROGRAM = """
     init_distributed_mode(args)
     torch.manual_seed(0)
     model, criterion, _ = build_model(args)
-    images = torch.randn(4, 3, 64, 64)
+    images = torch.randn(4, 3, 128, 128)
     counts = [3, 2, 0, 0]  # the second process has no objects at all
     targets = [{"labels": torch.randint(5, (n,)), "boxes": torch.rand(n, 4) * 0.3 + 0.3} for n in counts]
     share = slice(get_rank() * 4 // get_world_size(), (get_rank() + 1) * 4 // get_world_size())

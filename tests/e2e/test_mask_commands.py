@@ -31,19 +31,18 @@ def panoptic(toy):
 
 
 @pytest.fixture(scope="module")
-def weights_cache(tmp_path_factory):
-    """torch.hub's cache with the one backbone that a training from scratch fetches."""
-    home = tmp_path_factory.mktemp("torch_home")
-    (home / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(torchvision.models.resnet18().state_dict(), home / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
-    return {"TORCH_HOME": str(home)}
+def backbone(tmp_path_factory):
+    """The flag of a ResNet-18's weights, as torchvision saves them."""
+    path = tmp_path_factory.mktemp("backbone") / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return ["--load_backbone", path]
 
 
 @pytest.fixture(scope="module")
-def box_model(panoptic, weights_cache, tmp_path_factory):
+def box_model(panoptic, backbone, tmp_path_factory):
     """The first of the published commands."""
     out = tmp_path_factory.mktemp("box_model")
-    run(["main.py", *panoptic, "--output_dir", out, *SMALL_COCO, *ONE_EPOCH], env=weights_cache)
+    run(["main.py", *panoptic, "--output_dir", out, *SMALL_COCO, *ONE_EPOCH, *backbone])
     assert len(log_line(out)["test_coco_eval_bbox"]) == 12
     return out / "checkpoint.pth"
 
