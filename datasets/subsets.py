@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.checks import class_names
+from datasets.checks import class_names, is_count
 from util.distributed import is_main_process, print_main
 from util.errors import InputError
 from util.files import read_json
@@ -145,13 +145,14 @@ def read_class_split(path: str, part: str, ground_truth: dict) -> set[int]:
             content.get("base", []), list):
         raise InputError(f'--class_split {path} is not a JSON object with a list "novel" (and "base") of class names')
     labels = {name: label for label, name in class_names(ground_truth).items()}
-    unknown = [name for name in [*content["novel"], *content.get("base", [])] if name not in labels]
+    unknown = [name for name in [*content["novel"], *content.get("base", [])]
+               if not isinstance(name, str) or name not in labels]
     if unknown:
-        raise InputError(f"--class_split {path} names a class that the annotations lack: {unknown[0]}")
+        raise InputError(f"--class_split {path} names a class that the annotations lack: {unknown[0]!r}")
     novel = {labels[name] for name in content["novel"]}
     base = {labels[name] for name in content["base"]} if "base" in content else set(labels.values()) - novel
     if novel & base:
-        raise InputError(f"--class_split {path} has {class_names(ground_truth)[min(novel & base)]} in both parts")
+        raise InputError(f"--class_split {path} has {class_names(ground_truth)[min(novel & base)]!r} in both parts")
     chosen = novel if part == "novel" else base
     if not chosen:
         raise InputError(f"--class_split {path} has no {part} classes")
@@ -206,9 +207,9 @@ def _read_choice(path: str, ground_truth: dict) -> Chosen:
                          '"image_ids"')
     for kind, ids, entries in (("image", images, "images"), ("annotation", annotations or (), "annotations")):
         known = {entry["id"] for entry in ground_truth[entries]}
-        unknown = [one for one in ids if not isinstance(one, int) or one not in known]
+        unknown = [one for one in ids if not is_count(one) or one not in known]
         if unknown:
-            raise InputError(f"--filter_file {path}: the training annotations have no {kind} {unknown[0]}")
+            raise InputError(f"--filter_file {path}: the training annotations have no {kind} {unknown[0]!r}")
     return Chosen(images, annotations)
 
 

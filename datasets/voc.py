@@ -202,11 +202,18 @@ def _listings(image_set: str, root: Path) -> list[_Listing]:
         folders = [root]  # one folder for everything
     has_lists = any((folder / "ImageSets" / "Main").is_dir() for folder in (root, root / "VOC2007", root / "VOC2012"))
     for folder in () if found or has_lists else folders:
-        for annotations in (folder / "Annotations", folder):
-            if next(annotations.glob("*.xml"), None):
-                images = next((path for path in (folder / "JPEGImages", folder / "images") if path.is_dir()), annotations)
-                return [_Listing(f"{folder.name} (no lists)", annotations, images, None)]
+        for annotations in (folder / "Annotations", folder / "annotations", folder):
+            if _xml_names(annotations):
+                images = [path for path in (folder / "JPEGImages", folder / "images") if path.is_dir()]
+                beside = [] if any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(annotations)) else [folder]
+                return [_Listing(f"{folder.name} (no lists)", annotations, [*images, *beside, annotations][0], None)]
     return found
+
+
+def _xml_names(folder: Path) -> list[str]:
+    """Returns the names of a folder's XML files without their ending, ascending; hidden ones, as macOS adds, don't count."""
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return sorted(name[:-4] for name in names if name.lower().endswith(".xml") and not name.startswith("."))
 
 
 def _read_pictures(root: Path, image_set: str) -> tuple[Picture, ...]:
@@ -238,8 +245,7 @@ def find_pictures(root: Path, image_set: str) -> tuple[tuple[Picture, ...], tupl
     pictures: list[Picture] = []
     problems: list[Problem] = []
     for listing in listings:
-        names = _read_list(listing) if listing.names else sorted(path.stem for path in
-                                                                 listing.annotations.glob("*.xml"))
+        names = _read_list(listing) if listing.names else _xml_names(listing.annotations)
         pictures += [_read_picture(root, listing, name, problems) for name in names]
         print_main(f"VOC {image_set}: {len(names)} images of {listing.title}")
     for year, part in _PARTS[image_set]:
@@ -258,11 +264,14 @@ def _mentions(listings: list[_Listing], year: str) -> bool:
 def _read_list(listing: _Listing) -> list[str]:
     """Returns the names in an image list; a name may have blanks, and be followed by a class list's mark."""
     names = []
-    for line in read_text(listing.names, "image list").splitlines():
+    for line in re.split("[\r\n]", read_text(listing.names, "image list")):  # names may have other ends of lines
         name = line.strip()
         marked = re.fullmatch(r"(.*\S)\s+-?[01]", name)
         if marked and not os.path.exists(listing.annotations / f"{name}.xml"):
             name = marked[1]
+        stem, ending = os.path.splitext(name)
+        if ending.lower() in IMAGE_EXTENSIONS and not os.path.exists(listing.annotations / f"{name}.xml"):
+            name = stem
         if name:
             names.append(name)
     for name in names:
@@ -288,7 +297,7 @@ def names_of(pictures: Iterable[Picture]) -> tuple[str, ...]:
 
 def _read_picture(root: Path, listing: _Listing, name: str, problems: list[Problem]) -> Picture:
     """Reads one image's annotation; what is wrong with it is added to `problems`."""
-    path = listing.annotations / f"{name}.xml"
+    path = _in_any_case(listing.annotations / f"{name}.xml")
     objects, file_name = read_annotation(path, problems)
     image = _image_of(listing.images, name, file_name)
     return Picture(image.relative_to(root).as_posix(), path, objects)
@@ -318,8 +327,25 @@ def _image_of(folder: Path, name: str, file_name: str) -> Path:
     if os.path.exists(usual):  # unlike pathlib's, it takes names that no file can have
         return usual
     candidates = [folder / os.path.basename(file_name.replace("\\", "/"))] if file_name else []
-    candidates += [folder / f"{name}{ending}" for lower in IMAGE_EXTENSIONS for ending in (lower, lower.upper())]
+    candidates += [_in_any_case(folder / f"{name}{ending}") for ending in IMAGE_EXTENSIONS]
     return next((path for path in candidates if os.path.isfile(path)), usual)
+
+
+def _in_any_case(path: Path) -> Path:
+    """Returns the file itself, or the one whose ending has the same letters, large or small, if there is only that."""
+    if os.path.exists(path):
+        return path
+    same = {path.stem + ending for ending in _endings(path.parent) if ending.lower() == path.suffix}
+    return next((path.with_name(name) for name in sorted(same) if os.path.exists(path.with_name(name))), path)
+
+
+@functools.lru_cache(maxsize=4)
+def _endings(folder: Path) -> frozenset[str]:
+    """Returns the endings that files of a folder have, none if it can't be listed."""
+    try:
+        return frozenset(os.path.splitext(name)[1] for name in os.listdir(folder))
+    except OSError:
+        return frozenset()
 
 
 def _read_object(element: ElementTree.Element) -> Object | Fault:

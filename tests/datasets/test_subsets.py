@@ -181,6 +181,7 @@ def test_a_list_of_ids(own_data, tmp_path):
     path.write_text("[1000, 991]")
     assert build_dataset("train", arguments(own_data, filter_file=str(path))).ids == [991, 1000]
     for content, message in (("[1000, 5]", "the training annotations have no image 5$"),
+                             ('["1000"]', "the training annotations have no image '1000'$"),
                              ('{"image_ids": [1000], "annotation_ids": [2]}', "have no annotation 2$"),
                              ("{}", "is neither a JSON list of image ids nor"), ("[1", "is not valid JSON")):
         path.write_text(content)
@@ -229,8 +230,9 @@ def test_shots_of_the_novel_classes(own_data, split):
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"novel": ["zebra"]}', "names a class that the annotations lack: zebra"),
-    ('{"novel": ["dog"], "base": ["cat", "dog"]}', "has dog in both parts"),
+    ('{"novel": ["zebra"]}', "names a class that the annotations lack: 'zebra'"),
+    ('{"novel": [["dog"]]}', r"names a class that the annotations lack: \['dog'\]"),
+    ('{"novel": ["dog"], "base": ["cat", "dog"]}', "has 'dog' in both parts"),
     ('{"novel": []}', "has no novel classes"), ('["dog"]', "is not a JSON object with a list"), ("{", "is not valid JSON")])
 def test_broken_splits_are_refused(own_data, tmp_path, content, message):
     path = tmp_path / "split.json"

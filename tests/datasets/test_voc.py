@@ -234,19 +234,26 @@ def test_other_layouts_are_read(tmp_path):
         Image.new("RGB", (60, 40)).save(path)
         text = xml([("cat", 0, 1, 1, 10, 10)]).replace("<size>", f"<filename>{name}</filename><size>")
         annotation.write_text(text, encoding="utf-8-sig")
+        annotation.with_name("._" + annotation.name).write_bytes(b"\0\5\x16\7")  # as macOS adds them
 
     year = tmp_path / "year"
     picture(year / "JPEGImages/a photo 1.png", year / "Annotations/a photo 1.xml")
     picture(year / "JPEGImages/other.bmp", year / "Annotations/b.xml", "other.bmp")
     picture(year / "JPEGImages/c.JPG", year / "Annotations/c.xml", "absent.jpg")
+    picture(year / "JPEGImages/d\u2028e.Jpg", year / "Annotations/d\u2028e.XML")
+    picture(year / "JPEGImages/f.jpg", year / "Annotations/f.xml")
     (year / "ImageSets/Main").mkdir(parents=True)
     for part in ("train", "val"):
-        (year / f"ImageSets/Main/{part}.txt").write_text("a photo 1\nb\nc  -1\n", encoding="utf-8-sig")
+        (year / f"ImageSets/Main/{part}.txt").write_text("a photo 1\nb\nc  -1\r\nd\u2028e\nf.jpg\n", encoding="utf-8-sig")
     beside = tmp_path / "beside"
     picture(beside / "train/x.png", beside / "train/x.xml")
     picture(beside / "valid/y.png", beside / "valid/y.xml")
-    for root, parts in ((year, {"train": 3, "val": 3}), (beside, {"train": 1, "val": 1}),
-                        (beside / "train", {"train": 1, "val": 1})):
+    upper, apart = tmp_path / "upper", tmp_path / "apart"
+    picture(upper / "z.Png", upper / "z.Xml")
+    picture(apart / "u.png", apart / "annotations/u.xml")
+    for root, parts in ((year, {"train": 5, "val": 5}), (beside, {"train": 1, "val": 1}),
+                        (beside / "train", {"train": 1, "val": 1}), (upper, {"train": 1, "val": 1}),
+                        (apart, {"train": 1, "val": 1})):
         for part, count in parts.items():
             dataset = build_dataset(part, arguments(root, eval=part == "val"))
             assert len(dataset) == count
