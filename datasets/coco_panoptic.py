@@ -248,4 +248,4 @@ def paths(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
         raise InputError("--coco_panoptic_path is needed, the folder that holds annotations/panoptic_train2017.json "
                          f"and panoptic_train2017/, or --{image_set}_annotations")
     beside, root = ann_file.with_suffix(""), getattr(args, "coco_panoptic_path", None)
-    return beside if beside.is_dir() or not root else Path(root, ann_file.stem), ann_file
+    return beside if os.path.isdir(beside) or not root else Path(root, ann_file.stem), ann_file

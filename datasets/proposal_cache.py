@@ -84,7 +84,7 @@ class ProposalCache:
             InputError: there is one of other proposals; or there are other files, or nothing can be written there.
         """
         folder = Path(folder)
-        if not (folder / "manifest.json").exists():
+        if not os.path.exists(folder / "manifest.json"):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 # Of two runs that begin at once, one may see what the other is just writing.

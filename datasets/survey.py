@@ -5,6 +5,7 @@ Training stops at the first thing that is wrong; `tools.check_data` shows everyt
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def survey(part: str, files: Files, args: argparse.Namespace) -> Survey:
     """
     args = argparse.Namespace(**{**vars(args), "eval": part == "val"})
     found = Survey([Problem("json", f"folder {shown(folder)}", folder_fault(folder))
-                    for folder in (files.images, files.segments) if folder and not folder.is_dir()])
+                    for folder in (files.images, files.segments) if folder and not os.path.isdir(folder)])
     fill = {"coco": _survey_coco, "coco_panoptic": _survey_panoptic, "voc": _survey_voc, "imagenet": _survey_images}
     try:
         fill[args.dataset_file](found, part, files, args)

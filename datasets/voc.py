@@ -193,18 +193,18 @@ def _listings(image_set: str, root: Path) -> list[_Listing]:
                         folder / "ImageSets" / "Main" / f"{part}.txt")
 
     found = [listed(root / year, part) for year, part in _PARTS[image_set]]
-    found = [listing for listing in found if listing.names.exists()]
+    found = [listing for listing in found if os.path.exists(listing.names)]
     for part in () if found else _OWN_PARTS[image_set]:
-        if listed(root, part).names.exists():
+        if os.path.exists(listed(root, part).names):
             return [listed(root, part)]
     folders = [root / name for name in _PART_FOLDERS[image_set]]
-    if not any((root / name).is_dir() for names in _PART_FOLDERS.values() for name in names):
+    if not any(os.path.isdir(root / name) for names in _PART_FOLDERS.values() for name in names):
         folders = [root]  # one folder for everything
-    has_lists = any((folder / "ImageSets" / "Main").is_dir() for folder in (root, root / "VOC2007", root / "VOC2012"))
+    has_lists = any(os.path.isdir(folder / "ImageSets" / "Main") for folder in (root, root / "VOC2007", root / "VOC2012"))
     for folder in () if found or has_lists else folders:
         for annotations in (folder / "Annotations", folder / "annotations", folder):
             if _xml_names(annotations):
-                images = [path for path in (folder / "JPEGImages", folder / "images") if path.is_dir()]
+                images = [path for path in (folder / "JPEGImages", folder / "images") if os.path.isdir(path)]
                 beside = [] if any(name.lower().endswith(IMAGE_EXTENSIONS) for name in os.listdir(annotations)) else [folder]
                 return [_Listing(f"{folder.name} (no lists)", annotations, [*images, *beside, annotations][0], None)]
     return found
@@ -212,7 +212,10 @@ def _listings(image_set: str, root: Path) -> list[_Listing]:
 
 def _xml_names(folder: Path) -> list[str]:
     """Returns the names of a folder's XML files without their ending, ascending; hidden ones, as macOS adds, don't count."""
-    names = os.listdir(folder) if folder.is_dir() else ()
+    try:
+        names = os.listdir(folder) if os.path.isdir(folder) else ()
+    except OSError as error:
+        raise InputError(f"folder {shown(folder)} cannot be listed ({error.strerror})") from error
     return sorted(name[:-4] for name in names if name.lower().endswith(".xml") and not name.startswith("."))
 
 

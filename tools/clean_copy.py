@@ -1,12 +1,13 @@
 """A copy of a COCO or panoptic JSON without what `tools.check_data` found to be wrong."""
 import copy
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Set, Tuple
 
 from datasets.checks import Problem
-from tools.output import writing
+from tools.output import write_whole, writing
 from util.errors import InputError
 
 Json = Dict[str, Any]
@@ -27,7 +28,7 @@ def targets(folder: str, sources: Dict[str, Path]) -> Dict[str, Path]:
         raise InputError(f"--clean {folder}: the parts' files have one name, so that each needs a folder of its own: "
                          "check them one by one, with --image_set")
     for path in paths.values():
-        if path.exists():
+        if os.path.lexists(path):
             raise InputError(f"--clean {folder}: {path} exists already, choose another folder")
     return paths
 
@@ -126,12 +127,11 @@ def _renew_ids(content: Json, repeated: Set[int], done: Counter) -> None:
 
 
 def write(content: Json, path: Path) -> None:
-    """Write the copy to a file that doesn't exist yet.
+    """Write the copy to a file that doesn't exist yet (`targets` has looked).
 
     Raises:
         InputError: it can't be written.
     """
     with writing("--clean", str(path.parent)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False)
+        write_whole(path, json.dumps(content, ensure_ascii=False))

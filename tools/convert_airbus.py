@@ -25,7 +25,7 @@ from pycocotools import mask as mask_codec
 
 from datasets.checks import leaves_folder
 from datasets.image_io import UnreadableImage, open_picture
-from tools.output import refuse_others, remember, writing
+from tools.output import refuse_others, remember, write_whole, writing
 from util.errors import InputError, run_program
 from util.files import read_text, shown
 from util.ranges import TOOL_RANGES, check_ranges
@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     with writing("--output_dir", args.output_dir):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         for part, content in parts.items():
-            paths[part].write_text(json.dumps(content, separators=(",", ":")))
+            write_whole(paths[part], json.dumps(content, separators=(",", ":")))
             print(f"{paths[part]}: {len(content['images'])} images, {len(content['annotations'])} ships")
         remember(paths.values())
 

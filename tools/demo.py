@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from tools.output import replace_json
+from tools.output import replace_json, writing
 from util.errors import InputError, run_program
 from util.files import read_json
 from util.ranges import TOOL_RANGES, check_ranges, count
@@ -71,11 +71,12 @@ class Demo:
         self.args = args
         self.folder = Path(args.output_dir)
         self.phases_file = self.folder / "phases.json"
-        if self.folder.exists() and not self.phases_file.exists() and any(self.folder.iterdir()):
+        if os.path.isdir(self.folder) and not os.path.exists(self.phases_file) and os.listdir(self.folder):
             raise InputError(f"--output_dir {self.folder} has other files in it than a demo's: choose an empty or a new folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.phases_file.exists():
-            replace_json(self.phases_file, {})
+        with writing("--output_dir", args.output_dir):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.phases_file.exists():
+                replace_json(self.phases_file, {})
         # By the name of a phase that is finished: its "commands", and the "seconds" that they took side by side.
         self.finished: Dict[str, Dict[str, Any]] = _read_phases(self.phases_file)
         self.toy, self.backbone = self.path("toy"), self.path("backbone.pth")

@@ -18,8 +18,10 @@ the colours) is stored in the file as JSON under the key "detr". Once written, t
 are compared with the model's.
 """
 import argparse
+import io
 import itertools
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
@@ -82,7 +84,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 def write_torchscript(model: PlainDetector, path: Path, info: str, opset: Optional[int]) -> None:
     """TorchScript, for `torch.jit.load`; runs on any device."""
-    torch.jit.save(torch.jit.script(model), str(path), _extra_files={INFO_KEY: info})
+    # By way of memory, as below: torch's own writer of files ends the process where the disk is full.
+    content = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), content, _extra_files={INFO_KEY: info})
+    path.write_bytes(content.getbuffer())
 
 
 def read_torchscript(path: Path, device: torch.device) -> Program:
@@ -95,7 +100,9 @@ def write_pt2(model: PlainDetector, path: Path, info: str, opset: Optional[int])
     Raises:
         InputError: if torch is too old.
     """
-    torch.export.save(traced(model, "pt2"), str(path), extra_files={INFO_KEY: info})
+    content = io.BytesIO()
+    torch.export.save(traced(model, "pt2"), content, extra_files={INFO_KEY: info})
+    path.write_bytes(content.getbuffer())
 
 
 def read_pt2(path: Path, device: torch.device) -> Program:
@@ -251,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
         unchecked.replace(path)
         remember([path])
     finally:
-        if unchecked.exists():
+        if os.path.exists(unchecked):
             unchecked.unlink()
     print(f"{path}: {path.stat().st_size / 2 ** 20:.1f} MiB; the same outputs as the model for batches of "
           f"{' and '.join(map(str, BATCH_SIZES))}, {' and '.join(f'{h} x {w}' for h, w in IMAGE_SIZES)} pixels, "

@@ -30,7 +30,7 @@ def refuse_others(flag: str, paths: Iterable[Path]) -> None:
     """
     ledgers: Dict[Path, Dict[str, List[int]]] = {}
     for path in paths:
-        if path.exists():
+        if os.path.lexists(path):  # unlike pathlib's, it takes names that no file can have
             if path.parent not in ledgers:
                 ledgers[path.parent] = _read_ledger(path.parent / LEDGER)
             if ledgers[path.parent].get(path.name) != _version(path):
@@ -75,11 +75,19 @@ def require_ending(path: str, formats: Sequence[str], flag: str) -> None:
 def write_json_lines(path: Path, entries: Sequence[Dict[str, Any]]) -> None:
     """Write a JSON list with a line for each entry, UTF-8; what isn't text in file names becomes JSON's escapes."""
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8", errors="backslashreplace")
+    write_whole(path, f"[\n{lines}\n]\n")
 
 
 def replace_json(path: Path, content: Any) -> None:
     """Write JSON; at any moment the file is the old or the new one."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write UTF-8 text so that the file is whole or, if it wasn't there, absent; halves of characters become JSON's escapes."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

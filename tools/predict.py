@@ -19,6 +19,7 @@ where the PNG holds the pixels' segment ids in COCO's way (red + 256 green + 256
 """
 import argparse
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -105,20 +106,20 @@ def find_images(arguments: Sequence[str], output_dir: str) -> List[Source]:
     found: Dict[Path, Path] = {}  # where the picture goes, by image
     for argument in arguments:
         given = Path(argument)
-        if given.is_dir():
+        if os.path.isdir(given):  # unlike pathlib's, it takes names that no file can have
             for place in list_images(given):
                 found.setdefault(given / place, Path(place))
-        elif given.exists():
+        elif os.path.exists(given):
             found.setdefault(given, Path(given.name))
         else:
             raise InputError(f"{shown(argument)}: no such file or folder")
-    originals = {path.resolve() for path in found}
+    originals = {os.path.realpath(path) for path in found}
     taken: Set[Path] = set()
     sources = []
     for path, place in found.items():
         picture = _free_name(Path(output_dir) / place.with_suffix(".jpg"), taken)
         taken.add(picture)
-        if picture.resolve() in originals:
+        if os.path.realpath(picture) in originals:
             raise InputError(f"--output_dir {output_dir}: the picture {picture} would overwrite an image; "
                              "choose another folder")
         sources.append(Source(path, picture))
@@ -189,7 +190,7 @@ class TrueObjects:
     """
 
     def __init__(self, annotations: str, classes: Optional[Dict[int, str]] = None) -> None:
-        self.is_voc = Path(annotations).is_dir()
+        self.is_voc = os.path.isdir(annotations)
         truth = _read_xml_files(Path(annotations)) if self.is_voc else read_ground_truth(annotations)
         raise_first(ground_truth_problems(truth, annotations, num_classes=sys.maxsize))
         names = class_names(truth)

@@ -10,7 +10,6 @@ useCats = 0). Crowds and VOC's difficult objects don't count. R50 is the share a
 """
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
@@ -29,7 +28,7 @@ from datasets.selective_search import require_opencv
 from engine import to_device
 from tools.cache_proposals import ProgressLine
 from tools.loading import DETECTOR, Loaded, add_checkpoint_flags, load_model
-from tools.output import refuse_others, remember, writing
+from tools.output import refuse_others, remember, replace_json, writing
 from tools.regions import find_objects, search_regions
 from util import recipes
 from util.errors import InputError, run_program
@@ -187,7 +186,7 @@ def main(args: argparse.Namespace) -> None:
     if args.output:
         with writing("--output", args.output):
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+            replace_json(Path(args.output), result)
             remember([Path(args.output)])
 
 

@@ -13,6 +13,9 @@ from typing import Any, Callable, Optional, Tuple
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+# What a file system may answer to any use of a file that the user named, however right the use is.
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.ESTALE, errno.EMFILE,
+            errno.ENFILE, *WRITE_ERRORS)
 READER_LEFT = 141  # what shells report of a program that SIGPIPE ended
 # What torch says when no loading process has sent a batch for the time that a loader allows.
 STANDS_STILL = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
@@ -34,8 +37,8 @@ class Stopped(Exception):
 
 
 def run_program(program: Callable[[], None]) -> None:
-    """Run a command line program: mistakes in its input end in one line and exit status 2, numbers that go wrong in one line
-    and status 3, a data-loading process that died (of memory, as a rule) or stands still in one line and status 4, a stop that was asked for
+    """Run a command line program: mistakes in its input, and files that the system refuses, end in one line and exit
+    status 2, numbers that go wrong in one line and status 3, a data-loading process that died (of memory, as a rule) or stands still in one line and status 4, a stop that was asked for
     in one line and status 75, of all processes together; when the reader of its output has left (`| head`), it ends without
     a word and with status 141; anything else is a fault of ours and keeps its traceback (status 1).
 
@@ -92,6 +95,8 @@ def _outcome(error: Exception) -> Tuple[str, int]:
         return f"error: {error}", 3
     if isinstance(error, Stopped):
         return str(error), STOPPED
+    if isinstance(error, OSError) and error.errno in REFUSALS and error.filename is not None:
+        return f"error: {os.fsdecode(error.filename)!r} can't be used ({error.strerror})", 2
     try:
         line = _of_dead_worker(error)
     except RuntimeError as news:  # torch raises that a loading process died at whatever line is at its turn

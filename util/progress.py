@@ -1,5 +1,6 @@
 """What follows a training beside its console lines: an estimate of its time, and TensorBoard."""
 import argparse
+import contextlib
 import datetime
 import os
 import time
@@ -26,36 +27,48 @@ class Progress:
         first_step: steps of the first epoch that an earlier run has taken.
 
     Raises:
-        InputError: if `--tensorboard` is given and its package isn't installed.
+        InputError: if `--tensorboard` is given and its package isn't installed; here and later, if nothing can be written.
     """
 
     def __init__(self, args: argparse.Namespace, first_epoch: int, steps: int, first_step: int = 0) -> None:
         self.first_epoch, self.epochs, self.steps = first_epoch, args.epochs, steps
         self.estimated = False
         self.started: Optional[Tuple[int, float]] = None  # step and time of the first line
-        self.writer = _writer(args.output_dir, first_epoch * steps + first_step) if args.tensorboard else None
+        self.folder = os.path.join(args.output_dir, "tensorboard")
+        with self._writing():
+            self.writer = _writer(self.folder, first_epoch * steps + first_step) if args.tensorboard else None
 
     def line(self, epoch: int, step: int, logger: MetricLogger) -> None:
         """Called where a console line of the training is printed: after step 0, 10, 20, … and the last of an epoch."""
         if epoch == self.first_epoch:
             self._estimate(step)
         if self.writer:
-            for name, meter in logger.meters.items():
-                if not name.endswith("_unscaled"):
-                    self.writer.add_scalar(f"step/{name}", meter.avg, epoch * self.steps + step)
-            self.writer.flush()  # a run may end at any moment
+            with self._writing():
+                for name, meter in logger.meters.items():
+                    if not name.endswith("_unscaled"):
+                        self.writer.add_scalar(f"step/{name}", meter.avg, epoch * self.steps + step)
+                self.writer.flush()  # a run may end at any moment
 
     def epoch(self, epoch: int, figures: Dict[str, Any]) -> None:
         """Called after each epoch with the figures of its line in log.txt."""
         if self.writer:
-            for name, value in _scalars(figures):
-                self.writer.add_scalar(f"epoch/{name}", value, epoch)
-            self.writer.flush()
+            with self._writing():
+                for name, value in _scalars(figures):
+                    self.writer.add_scalar(f"epoch/{name}", value, epoch)
+                self.writer.flush()
 
     def close(self) -> None:
         """Called at the end."""
         if self.writer:
-            self.writer.close()
+            with self._writing():
+                self.writer.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"--tensorboard: could not write {self.folder} ({error.strerror or error})") from error
 
     def _estimate(self, step: int) -> None:
         # From the end of the first step: what that one takes longer, to set up, isn't repeated.
@@ -70,7 +83,7 @@ class Progress:
                        "not counted")
 
 
-def _writer(output_dir: str, first_step: int) -> Any:
+def _writer(folder: str, first_step: int) -> Any:
     """TensorBoard's writer on the main process, None on the others."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -79,7 +92,7 @@ def _writer(output_dir: str, first_step: int) -> Any:
                          "pip install -r requirements/tensorboard.txt") from error
     if not is_main_process():
         return None
-    return SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=first_step)
+    return SummaryWriter(folder, purge_step=first_step)
 
 
 def _scalars(figures: Dict[str, Any]) -> Iterator[Tuple[str, float]]:

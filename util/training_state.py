@@ -247,11 +247,16 @@ def _replace(path: str, content: bytes) -> None:
     temporary = path + ".tmp"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    with open(temporary, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 def append_log(output_dir: str, stats: Dict[str, Any]) -> None:

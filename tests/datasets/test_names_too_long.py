@@ -2,6 +2,9 @@
 import pytest
 
 from datasets import build_dataset
+from tools.clean_copy import targets
+from tools.output import refuse_others
+from tools.predict import find_images
 from util.errors import InputError
 
 
@@ -10,3 +13,10 @@ from util.errors import InputError
 def test_a_path_that_is_too_long_is_one_sentence(tiny_args, flags):
     with pytest.raises(InputError):
         build_dataset("train", tiny_args(**flags))
+
+
+def test_tools_take_them_for_what_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="no such file or folder"):
+        find_images(["x" * 300], str(tmp_path))
+    refuse_others("--output", [tmp_path / ("x" * 300)])
+    assert targets("x" * 300, {"val": tmp_path / "a.json"})

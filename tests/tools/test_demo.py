@@ -56,3 +56,10 @@ def test_a_phase_that_failed_runs_again(tmp_path: Path) -> None:
         in_folder(tmp_path).phase("greeting", fails_once)
     in_folder(tmp_path).phase("greeting", fails_once)
     assert "greeting" in in_folder(tmp_path).finished
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below", "x" * 300):
+        with pytest.raises(InputError, match="^--output_dir .* can't be written"):
+            Demo(argparse.Namespace(output_dir=str(tmp_path / name), detreg=False))

@@ -1,6 +1,7 @@
 """tools.export writes programs that need none of this code and give what the model gives, of any batch, at any size."""
 import importlib
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -227,3 +228,12 @@ def test_as_a_program(detector: Path, tmp_path: Path) -> None:
     out = tmp_path / "detr.pt"
     done = run(["-m", "tools.export", "--checkpoint", detector, "--format", "torchscript", "--output", out])
     assert done.stdout.count("\n") == 1 and out.exists() and not done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("write", [export.write_torchscript, export.write_pt2])
+def test_a_full_disk_raises(write, monkeypatch):
+    """Torch's own writer ends the process."""
+    monkeypatch.setattr(export, "traced", lambda model, form: torch.export.export(model, (torch.ones(1),)))
+    with pytest.raises(OSError, match="No space left"):
+        write(torch.nn.ReLU(), Path("/dev/full"), "{}", None)

@@ -1,4 +1,5 @@
 """A mistake of the user ends a program in one line; a fault of ours keeps its traceback."""
+import errno
 import io
 import os
 import select
@@ -21,6 +22,8 @@ def fail(error):
 
 @pytest.mark.parametrize("error, status, line", [
     (InputError("--lr is negative"), 2, "error: --lr is negative\n"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), 2, "error: 'xx' can't be used (File name too long)\n"),
+    (PermissionError(errno.EACCES, "Permission denied", b"a\xff"), 2, "error: 'a\\udcff' can't be used (Permission denied)\n"),
     (FloatingPointError("the loss became NaN"), 3, "error: the loss became NaN\n")])
 def test_one_line_and_a_status(error, status, line, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -31,6 +34,8 @@ def test_one_line_and_a_status(error, status, line, capsys):
 def test_other_errors_pass():
     with pytest.raises(ValueError, match="ours"):
         run_program(lambda: fail(ValueError("ours")))
+    with pytest.raises(FileNotFoundError):
+        run_program(lambda: fail(FileNotFoundError(errno.ENOENT, "No such file", "xx")))
     run_program(lambda: None)
 
 

@@ -98,3 +98,10 @@ def test_without_the_package(tmp_path, monkeypatch):
                                          "requirements/tensorboard.txt$"):
         Progress(flags(tmp_path), 0, 1)
     assert not Progress(flags(), 0, 1).writer
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(InputError, match="^--tensorboard: could not write .*tensorboard "):
+        Progress(flags(tmp_path), 0, 1)
