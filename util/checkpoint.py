@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from util.distributed import print_main
-from util.download import fetch
+from util.download import fetch, forget
 from util.errors import InputError
 from util.files import shown
 from util.unwrap import find_weights, numpy_globals
@@ -59,7 +59,7 @@ def load_checkpoint(location: str, flag: str = "--resume") -> Dict[str, Any]:
         if unread:
             raise InputError(f"{given}: can't be read now ({unread})") from error
         if downloaded:  # else the next run would find the same broken file
-            os.remove(path)
+            forget(path)
         raise InputError(f"{given}: not a checkpoint, or damaged "
                          f"({type(error).__name__}: {first_sentence(error)})") from error
     if not isinstance(checkpoint, dict):

@@ -16,9 +16,9 @@ from urllib.parse import urlparse
 import torch
 
 from util.distributed import print_main
-from util.files import shown
+from util.files import read_text, shown
 
-__all__ = ["fetch"]
+__all__ = ["fetch", "forget"]
 
 HASH_IN_NAME = re.compile(r"-([a-f0-9]{8,64})\.")
 # A server that sends less than this within such a time has stalled, though each byte may come in time.
@@ -61,13 +61,18 @@ def fetch(url: str) -> str:
     return path
 
 
+def forget(path: str) -> None:
+    """Remove a file that `fetch` returned and that is of no use, so that it is fetched anew; one put there by hand stays."""
+    if os.path.dirname(path) != os.path.join(torch.hub.get_dir(), "checkpoints"):
+        os.remove(path)
+
+
 def _is_by_hand(path: str, url: str) -> bool:
     """Whether a file lies where earlier versions, and users, put this URL's: a note beside it may say that it's another's."""
     if not os.path.isfile(path):
         return False
-    if os.path.exists(path + ".url"):
-        with open(path + ".url", errors="replace") as file:
-            return file.read() == url
+    if os.path.lexists(path + ".url"):
+        return read_text(path + ".url", "note").strip() == url
     print_main(f"{shown(path)}, put there by hand, is used for {shown(url)}")
     return True
 

@@ -287,6 +287,26 @@ def test_a_file_put_into_the_cache_by_hand_is_used(server, tmp_path):
     assert Files.requests == []
 
 
+def test_a_file_put_there_by_hand_is_never_removed(server, tmp_path):
+    file = tmp_path / "cache" / "hub" / "checkpoints" / "a.pth"
+    file.parent.mkdir(parents=True)
+    file.write_text("no checkpoint")
+    with pytest.raises(InputError, match="not a checkpoint, or damaged"):
+        load_checkpoint(f"{server}/a.pth")
+    assert file.read_text() == "no checkpoint"
+
+
+def test_the_note_beside_a_cached_file(server, tmp_path):
+    file = tmp_path / "cache" / "hub" / "checkpoints" / "a.pth"
+    save_checkpoint({"epoch": 8}, str(file))
+    file.with_name("a.pth.url").write_text(f"{server}/a.pth\n")
+    assert load_checkpoint(f"{server}/a.pth") == {"epoch": 8}
+    file.with_name("a.pth.url").unlink()
+    os.mkfifo(file.with_name("a.pth.url"))
+    with pytest.raises(InputError, match="a.pth.url is a named pipe"):
+        load_checkpoint(f"{server}/a.pth")
+
+
 def test_a_server_that_drips_is_given_up(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "STALL_S", 0.3)
     with pytest.raises(InputError, match=r"could not be downloaded \(timed out: \d+ bytes came within 0.3 seconds\)"):
