@@ -156,7 +156,7 @@ def fill(args: argparse.Namespace) -> None:
 def _follow(parts: Iterable[Part], num_images: int) -> Part:
     """Sum up the parts as they come, with progress on standard output and unreadable files on standard error."""
     total = Part()
-    progress = ProgressLine(num_images, lambda text: print(text, end="", flush=True), sys.stdout.isatty())
+    progress = ProgressLine(num_images, lambda text: print(text, end="", flush=True), (sys.stdout is not None and sys.stdout.isatty()))
     for part in parts:
         total.num_images += part.num_images
         total.num_new += part.num_new

@@ -154,7 +154,7 @@ def table(result: Dict[str, Any]) -> str:
 
 def follow(found: Iterable[Found], num_images: int) -> Iterator[Found]:
     """The same, with progress on standard output."""
-    progress = ProgressLine(num_images, lambda text: print(text, end="", flush=True), sys.stdout.isatty())
+    progress = ProgressLine(num_images, lambda text: print(text, end="", flush=True), (sys.stdout is not None and sys.stdout.isatty()))
     for number, item in enumerate(found, 1):
         yield item
         progress.update(number, number)
