@@ -16,7 +16,7 @@ import numpy as np
 from datasets.checks import class_names, is_count
 from util.distributed import is_main_process, print_main
 from util.errors import InputError
-from util.files import read_json
+from util.files import read_json, replace_file
 
 __all__ = ["SUBSET_FILE", "Chosen", "choose_images", "choose_shots", "keep_chosen", "keep_classes", "restriction"]
 
@@ -222,7 +222,7 @@ def _write_choice(chosen: Chosen, made_by: dict, args: argparse.Namespace) -> No
     content = {"made_by": made_by, "image_ids": chosen.image_ids, "annotation_ids": chosen.annotation_ids}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content) + "\n")
+        replace_file(path, (json.dumps(content) + "\n").encode())  # not into a pipe that lies there
     except OSError as error:
         raise InputError(f"{path} can't be written ({error})") from error
 

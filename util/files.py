@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import stat
@@ -9,7 +10,7 @@ from typing import BinaryIO
 
 from util.errors import InputError
 
-__all__ = ["folder_fault", "open_regular", "read_json", "read_text", "shown"]
+__all__ = ["folder_fault", "open_regular", "read_json", "read_text", "replace_file", "shown"]
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # PowerShell's
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
@@ -78,6 +79,23 @@ def shown(name: object) -> str:
     """Return a path or a name as a message shows it: as it is, or quoted and escaped where it couldn't be printed."""
     text = os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else str(name)
     return text if text and text.isprintable() else repr(text)
+
+
+def replace_file(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file anew, by way of another name, on which nothing else may lie."""
+    temporary = os.fspath(path) + ".tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 def folder_fault(path: str | os.PathLike) -> str:

@@ -85,7 +85,7 @@ def plot_logs(logs: Union[PathLike, Sequence[PathLike]],
     folders = [Path(log) for log in ([logs] if isinstance(logs, (str, os.PathLike)) else logs)]
     if not folders:
         raise InputError("no runs to plot")
-    fields = [fields] if isinstance(fields, str) else list(fields)
+    fields = [fields] if isinstance(fields, str) else list(fields or ())
     if not fields:
         raise InputError("no fields to plot")
     if not 0 <= ewm_col < math.inf:

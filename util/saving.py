@@ -20,7 +20,7 @@ LOCK, LOCK_WORDS = ".lock", "process "
 OWN_NAME = re.compile(r"checkpoint(_previous|_best|\d{4,})?\.pth")
 # Under what names files are written at first, see `util.checkpoint.save_checkpoint`.
 LEFTOVER = re.compile(rf"({OWN_NAME.pattern}|eval\.pth|latest\.pth|failure_epoch\d+_step\d+_process\d+\.pth)\.\d+\.tmp"
-                      r"|log\.txt\.tmp|args\.json\.tmp")
+                      r"|log\.txt\.tmp|args\.json\.tmp|train_subset\.json\.tmp")
 
 
 class Saver:

@@ -15,7 +15,7 @@ from util.checkpoint import (VOC_OUTPUTS, counts_voc_from_zero, first_sentence, 
                              load_model_strictly, random_state, set_random_state, stored_flags, voc_labels_from_one)
 from util.distributed import all_gather, get_rank, get_world_size, is_main_process, print_main
 from util.errors import InputError
-from util.files import open_regular
+from util.files import open_regular, replace_file
 from util.metric_logger import merge_states
 from util.recipes import BOOKKEEPING
 from util.resumable import odd_part
@@ -230,7 +230,7 @@ def open_log(output_dir: str, first_epoch: int) -> None:
             return
         with open_regular(path, "log") as file:
             kept = [line.rstrip(b"\n") + b"\n" for line in file if _epoch_of(line) < first_epoch]
-        _replace(path, b"".join(kept))
+        replace_file(path, b"".join(kept))
 
 
 def _epoch_of(line: bytes) -> float:
@@ -240,23 +240,6 @@ def _epoch_of(line: bytes) -> float:
     except (ValueError, LookupError, TypeError, RecursionError):
         return float("inf")
     return epoch if isinstance(epoch, (int, float)) and epoch >= 0 else float("inf")
-
-
-def _replace(path: str, content: bytes) -> None:
-    """Write a file anew, by way of another name, on which nothing else may lie."""
-    temporary = path + ".tmp"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def append_log(output_dir: str, stats: Dict[str, Any]) -> None:
@@ -272,7 +255,7 @@ def write_json(path: str, content: Any) -> None:
     """Write a file anew, by way of another name."""
     with _writing(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        _replace(path, json.dumps(content, indent=1, sort_keys=True).encode())
+        replace_file(path, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import os
 from collections import Counter
 
 import numpy as np
@@ -174,6 +175,12 @@ def test_a_choice_that_cannot_be_written_down_is_said(own_data, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(InputError, match="run/train_subset.json can't be written"):
         build_dataset("train", arguments(own_data, output_dir=str(tmp_path / "run"), filter_num=3.0))
+
+
+def test_a_pipe_in_the_choice_s_place_is_replaced(own_data, tmp_path):
+    os.mkfifo(tmp_path / "train_subset.json")
+    build_dataset("train", arguments(own_data, output_dir=str(tmp_path), filter_num=3.0))
+    assert len(json.loads((tmp_path / "train_subset.json").read_text())["image_ids"]) == 3
 
 
 def test_a_list_of_ids(own_data, tmp_path):

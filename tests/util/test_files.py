@@ -1,9 +1,11 @@
 """Reading the user's files: only regular ones, and without a byte order mark."""
+import errno
 import os
 import socket
 
 import pytest
 
+from util import files
 from util.errors import InputError
 from util.files import folder_fault, open_regular, read_json, read_text, shown
 
@@ -63,3 +65,12 @@ def test_what_is_no_folder_is_named(tmp_path):
     for name, words in (("none", "does not exist"), ("pipe", "is a named pipe, not a folder"),
                         ("file", "is a file, not a folder"), ("file/below", "can't be read (Not a directory)")):
         assert folder_fault(tmp_path / name) == words
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    path = tmp_path / "args.json"
+    files.replace_file(path, b"old")
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        files.replace_file(path, b"new")
+    assert os.listdir(tmp_path) == ["args.json"] and path.read_bytes() == b"old"

@@ -160,6 +160,8 @@ def test_what_notebooks_and_killed_runs_hold(tmp_path: Path) -> None:
         plot_logs(tmp_path, "AP50")
     with pytest.raises(InputError, match="no fields to plot"):
         plot_logs(tmp_path, ())
+    with pytest.raises(InputError, match="no fields to plot"):
+        plot_logs(tmp_path, None)
     with pytest.raises(InputError, match="the smoothing must be at least 0, got nan"):
         plot_logs(tmp_path, "mAP", math.nan)
 
