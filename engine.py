@@ -11,9 +11,11 @@ from torch.utils.data import Dataset, Subset
 from datasets.coco_eval import CocoEvaluator
 from datasets.panoptic_eval import PanopticEvaluator
 from models import fused
+from models.matcher import NonFinitePredictionError
 from util.box_ops import aligned_iou, box_cxcywh_to_xyxy
 from util.checkpoint import save_checkpoint
-from util.misc import MetricLogger, SmoothedValue, is_main_process, print_main
+from util.metric_logger import num_batches
+from util.misc import MetricLogger, NestedTensor, SmoothedValue, is_main_process, print_main
 from util.watch import StepWatch
 
 PRINT_FREQ = 10
@@ -22,16 +24,25 @@ STATS_OF = {"bbox": "coco_eval_bbox", "segm": "coco_eval_masks"}  # by IoU type,
 
 
 def to_device(batch: Sequence[Any], device: torch.device) -> Tuple[List[Any], List[Dict[str, Tensor]]]:
-    """Move a collated batch (inputs…, targets) to the device."""
+    """Move a collated batch (inputs…, targets) to the device; what isn't a tensor, such as a file's name, stays."""
     *inputs, targets = batch
-    inputs = [item.to(device, non_blocking=True) for item in inputs]
-    return inputs, [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets]
+    return [_moved(item, device) for item in inputs], [
+        {name: _moved(value, device) for name, value in target.items()} for target in targets]
+
+
+def _moved(item: Any, device: torch.device) -> Any:
+    if isinstance(item, (Tensor, NestedTensor)):
+        return item.to(device, non_blocking=True)
+    return [_moved(part, device) for part in item] if isinstance(item, list) else item
 
 
 def as_tensors(losses: Dict[str, Any], device: torch.device) -> Dict[str, Tensor]:
     """Make scalar tensors of the terms that a criterion returns as plain numbers."""
-    return {name: value if isinstance(value, Tensor) else torch.tensor(float(value)).to(device, non_blocking=True)
-            for name, value in losses.items()}
+    def as_tensor(value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.reshape(()) if value.dim() else value
+        return torch.tensor(float(value)).to(device, non_blocking=True)
+    return {name: as_tensor(value) for name, value in losses.items()}
 
 
 def weighted_sum(losses: Dict[str, Tensor], weights: Dict[str, float]) -> Tensor:
@@ -43,7 +54,7 @@ def weighted_sum(losses: Dict[str, Tensor], weights: Dict[str, float]) -> Tensor
 
 @fused.steps()
 def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
-                    device: torch.device, epoch: int, max_norm: float = 0, *, accumulate_steps: int = 1,
+                    device: torch.device, epoch: int, max_norm: Optional[float] = 0, *, accumulate_steps: int = 1,
                     amp_dtype: Optional[torch.dtype] = None,
                     scaler: Optional["torch.amp.GradScaler"] = None,
                     on_line: Optional[Callable[[int, MetricLogger], None]] = None,
@@ -52,6 +63,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     """Train over the loader once.
 
     Args:
+        data_loader: batches (inputs…, targets), as often as wanted; if it has no length, `accumulate_steps` must be 1.
         max_norm: the gradient norm over all parameters is clipped to it where it is above 0.
         accumulate_steps: batches whose averaged gradients make one optimizer step.
         amp_dtype: run the model under autocast in this type; matching and losses stay in float32.
@@ -80,7 +92,10 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
     logger.load_state_dict(meters or {})
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     watch = watch or StepWatch(device)
-    length = first_step + len(data_loader)
+    count = num_batches(data_loader)
+    length = first_step + (math.inf if count is None else count)
+    if count is None and accumulate_steps > 1:
+        raise ValueError("accumulate_steps needs a data_loader with a length, which tells the last batch")
     optimizer.zero_grad(set_to_none=True)
     for step, batch in enumerate(logger.log_every(data_loader, PRINT_FREQ, f"Epoch: [{epoch}]", first_step), first_step):
         watch.begin(epoch, step, batch[-1])
@@ -115,10 +130,10 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
 
 
 def _optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: "torch.amp.GradScaler",
-                    max_norm: float) -> Tensor:
+                    max_norm: Optional[float]) -> Tensor:
     """Clip the gradients, take a step and forget them; returns their norm before."""
     scaler.unscale_(optimizer)
-    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else math.inf)
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm and max_norm > 0 else math.inf)
     scaler.step(optimizer)  # whether float16 overflowed is asked for on the host if the optimizer isn't fused
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -127,7 +142,7 @@ def _optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: 
 
 def _log(logger: MetricLogger, losses: Dict[str, Tensor], weights: Dict[str, float]) -> None:
     """Record losses, and their total `loss`: weighted under their names, as they are with `_unscaled`."""
-    logger.update(loss=losses["loss"], class_error=losses["class_error"])
+    logger.update(**{name: losses[name] for name in ("loss", "class_error") if name in losses})
     for name, value in losses.items():
         if name in weights:
             logger.meters[name].update(value, weight=weights[name])
@@ -166,17 +181,18 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
         inputs, targets = to_device(batch, device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             outputs = model(*inputs)
-        padded = getattr(inputs[0], "tensors", inputs[0]).shape[-2:]
+        padded = _padded_size(inputs[0])
         for index, target in enumerate(targets):  # one by one: averages then don't depend on the batches
             target = _padded_masks(target, *padded)
             losses = as_tensors(criterion(_of_image(outputs, index), [target]), device)
             _log(logger, {**losses, "loss": weighted_sum(losses, criterion.weight_dict)}, criterion.weight_dict)
-        original_sizes = torch.stack([target["orig_size"] for target in targets])
+        original_sizes = torch.stack([torch.as_tensor(target["orig_size"], device=device) for target in targets])
         detections = postprocessors["bbox"](outputs, original_sizes)
-        sizes = torch.stack([target["size"] for target in targets])
+        sizes = torch.stack([torch.as_tensor(target["size"], device=device) for target in targets])
         if "segm" in postprocessors:
             detections = postprocessors["segm"](detections, outputs, original_sizes, sizes)
         image_ids = [int(target["image_id"]) for target in targets]
+        _check_finite(image_ids, detections)
         evaluator.update(dict(zip(image_ids, detections)))
         if panoptic:
             maps = postprocessors["panoptic"](outputs, sizes, original_sizes)
@@ -203,12 +219,26 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
     return stats, evaluator
 
 
+def _check_finite(image_ids: Sequence[int], detections: Sequence[Dict[str, Tensor]]) -> None:
+    """Raise NonFinitePredictionError for detections that aren't finite; without objects no matching would notice."""
+    bad = [str(image_id) for image_id, found in zip(image_ids, detections)
+           if not (found["scores"].isfinite().all() and found["boxes"].isfinite().all())]
+    if bad:
+        raise NonFinitePredictionError("the model predicts NaN or infinite classes or boxes for image id " + ", ".join(bad))
+
+
 def _padded_masks(target: Dict[str, Tensor], height: int, width: int) -> Dict[str, Tensor]:
     """A target whose masks, if it has any, are as large as the batch, in which masks are predicted; padding is background."""
     if "masks" not in target:
         return target
     masks = target["masks"]
     return {**target, "masks": nn.functional.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))}
+
+
+def _padded_size(samples: Any) -> Tuple[int, int]:
+    """Height and width of a batch: a NestedTensor, one tensor or a list of tensors."""
+    images = samples if isinstance(samples, list) else [getattr(samples, "tensors", samples)]
+    return max(image.shape[-2] for image in images), max(image.shape[-1] for image in images)
 
 
 def _of_image(outputs: Any, index: int) -> Any:

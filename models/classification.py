@@ -37,7 +37,8 @@ class SoftmaxClassification:
 
     def loss(self, logits: Tensor, classes: Tensor, normaliser: Tensor, class_weights: Optional[Tensor]) -> Tensor:
         """[L]: weighted mean cross-entropy of all queries."""
-        entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), class_weights, reduction="none")
+        weights = class_weights.to(logits.dtype)
+        entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weights, reduction="none")
         return entropy.view(len(logits), -1).sum(1) / normaliser
 
     def finds_object(self, logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.classification import Classification, SoftmaxClassification
-from models.matcher import HungarianMatcher, Matching
+from models.matcher import HungarianMatcher, Matching, all_boxes, all_labels
 from models.segmentation import dice_loss, sigmoid_focal_loss
 from util.box_ops import aligned_generalized_iou, box_cxcywh_to_xyxy
 from util.distributed import get_world_size, reduce_sum
@@ -250,7 +250,7 @@ class SetCriterion(nn.Module):
                     matching: Matching, *, num_boxes: Tensor, **_: Tensor) -> Dict[str, Tensor]:
         """`loss_bbox`, `loss_giou` [L]: L1 distance (cxcywh) and 1 - generalised IoU, summed over pairs, per object."""
         predicted = self._matched(stacked["pred_boxes"], matching)
-        expected = torch.cat([target["boxes"] for target in targets]).to(predicted.dtype)[matching.target]
+        expected = all_boxes(targets).to(predicted.dtype)[matching.target]
         distance = (predicted - expected).abs().sum((1, 2))
         giou = aligned_generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(expected))
         return {"loss_bbox": distance / num_boxes, "loss_giou": (1 - giou).sum(1) / num_boxes}
@@ -302,7 +302,7 @@ class SetCriterion(nn.Module):
         """Class that each query should predict, int64 [L, B, N]."""
         classes = torch.full(logits.shape[:3], self.num_classes, dtype=torch.int64, device=logits.device)
         layer = torch.arange(len(logits), device=logits.device)[:, None]
-        labels = torch.cat([target["labels"] for target in targets])
+        labels = all_labels(targets)
         classes[layer, matching.image, matching.query] = labels[matching.target]
         return classes
 
@@ -342,7 +342,7 @@ def _count(targets: Sequence[Dict[str, Tensor]], device: torch.device) -> Tensor
 
 def _without_classes(targets: Sequence[Dict[str, Tensor]]) -> List[Dict[str, Tensor]]:
     """The targets of proposals, for which every object is of class 0."""
-    return [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+    return [{**target, "labels": torch.zeros_like(target["labels"], dtype=torch.int64)} for target in targets]
 
 
 def _stack_layers(outputs: Dict[str, Any]) -> Dict[str, Tensor]:

@@ -232,7 +232,7 @@ class DeformableTransformer(nn.Module):
     def queries_at(self, box_logits: Tensor) -> Tuple[Tensor, Tensor]:
         """Queries for proposed boxes [B, N, 4] (in logits): contents and positions, [B, N, d] each."""
         encoding = _box_encoding(box_logits.sigmoid(), self.d_model // 2)
-        position, content = self.pos_trans_norm(self.pos_trans(encoding)).chunk(2, dim=-1)
+        position, content = self.pos_trans_norm(self.pos_trans(encoding.to(self.pos_trans.weight.dtype))).chunk(2, dim=-1)
         return content, position
 
     def decode(self, encoded: Encoded, tgt: Tensor, query_pos: Tensor, reference: Tensor) -> Tuple[Tensor, List[Tensor]]:

@@ -128,7 +128,10 @@ class RegionEmbedder:
     @torch.no_grad()
     def __call__(self, crops: Tensor) -> Tensor:
         """Crops [T, 3, P, P] of all images of a batch -> embeddings [T, dim], in one go; T may be 0."""
-        return self.network(crops) if len(crops) else crops.new_zeros(0, self.dim)
+        if not len(crops):
+            return crops.new_zeros(0, self.dim)
+        with torch.autocast(crops.device.type, enabled=False):  # what a loss is made of
+            return self.network(crops.to(next(self.network.parameters(), crops).dtype))
 
 
 def build_embedder(args: argparse.Namespace) -> RegionEmbedder:

@@ -157,5 +157,5 @@ def _padded_size(sizes: Sequence[Size]) -> Size:
 
 def _pairs(sizes: Any) -> List[Size]:
     """Sizes as a tensor [B, 2], or pairs of numbers, tensors or (height, width) tensors -> pairs of int."""
-    pairs = sizes.tolist() if isinstance(sizes, Tensor) else [[int(number) for number in size] for size in sizes]
-    return [(height, width) for height, width in pairs]
+    pairs = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    return [(int(height), int(width)) for height, width in pairs]

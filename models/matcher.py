@@ -101,8 +101,7 @@ class HungarianMatcher(nn.Module):
     def costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[Dict[str, Tensor]]) -> Tensor:
         """Cost of every target with every query of its own image, [L, T, N] in float32, or the predictions' float64; T counts the batch's targets."""
         sizes = torch.tensor([len(target["labels"]) for target in targets])
-        labels = torch.cat([target["labels"] for target in targets])
-        target_boxes = torch.cat([target["boxes"] for target in targets])
+        labels, target_boxes = all_labels(targets), all_boxes(targets)
         image = torch.repeat_interleave(torch.arange(len(targets)), sizes).to(labels.device, non_blocking=True)
         predicted = at_least_float32(boxes)[:, image]
         expected = target_boxes.to(predicted.dtype)[None, :, None]
@@ -133,6 +132,18 @@ class HungarianMatcher(nn.Module):
             order = matched_query.argsort()
             query[layer], target[layer] = matched_query[order], matched_target[order]
         return torch.from_numpy(query), torch.from_numpy(target)
+
+
+def all_labels(targets: Sequence[Dict[str, Tensor]]) -> Tensor:
+    """Labels of a batch, int64 [T], of any whole type: torch would take bytes for a mask. Those of an image without objects
+    may be of any type, as `torch.tensor([])` is."""
+    labels = [target["labels"] for target in targets]
+    return torch.cat([part if len(part) and part.is_floating_point() else part.to(torch.int64) for part in labels])
+
+
+def all_boxes(targets: Sequence[Dict[str, Tensor]]) -> Tensor:
+    """Boxes of a batch, [T, 4]; those of an image without objects may be `torch.tensor([])`."""
+    return torch.cat([target["boxes"].reshape(-1, 4) for target in targets])
 
 
 def _image_id(target: Dict[str, Any]) -> Any:

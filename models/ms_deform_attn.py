@@ -252,4 +252,5 @@ class MSDeformAttn(nn.Module):
         else:
             scale = reference[:, :, None, :, None, 2:] * (0.5 / self.n_points)
         locations = reference[:, :, None, :, None, :2] + offsets * scale
-        return self.output_proj(sample_and_sum(value.unflatten(2, [self.n_heads, -1]), levels, locations, weights))
+        out = sample_and_sum(value.unflatten(2, [self.n_heads, -1]), levels, locations, weights)
+        return self.output_proj(out.to(self.output_proj.weight.dtype))

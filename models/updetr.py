@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.detr import DETR, MLP, build
-from util.misc import NestedTensor, nested_tensor_from_tensor_list
+from util.misc import NestedTensor, at_least_float32, nested_tensor_from_tensor_list
 
 __all__ = ["UPDETR", "build"]
 
@@ -85,7 +85,7 @@ class UPDETR(DETR):
     def patch_features(self, patches: Tensor) -> Tensor:
         """Patches [B, k, 3, P, P] -> globally average-pooled features of the backbone's last map [B, k, C]."""
         maps = self.backbone[0].body(patches.flatten(0, 1))
-        feature = list(maps.values())[-1].mean((2, 3))
+        feature = at_least_float32(list(maps.values())[-1]).mean((2, 3))  # which losses are made of
         return feature.unflatten(0, patches.shape[:2])
 
     def _queries(self, patch_feature: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class UPDETR(DETR):
         embedding = self.query_embed.weight
         if self.training and self.query_shuffle:
             embedding = embedding[torch.randperm(len(embedding), device=embedding.device)]
-        patch = self.patch2query(patch_feature).repeat_interleave(self.queries_per_patch, dim=1)
+        patch = self.patch2query(patch_feature.to(self.patch2query.weight.dtype)).repeat_interleave(self.queries_per_patch, dim=1)
         if self.training and self.mask_ratio > 0:
             kept = torch.rand(patch.shape[:2], device=patch.device) >= self.mask_ratio
             patch = patch * kept[:, :, None].to(patch.dtype)

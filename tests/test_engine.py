@@ -1,4 +1,6 @@
 """The loops as a notebook calls them."""
+import math
+
 import pytest
 import torch
 from pycocotools.coco import COCO
@@ -114,3 +116,60 @@ def test_masks_are_compared_within_the_batch_also_where_it_pads(tiny_args):
     stats = evaluate(PerfectMasks(masks), criterion, {"bbox": postprocessors["bbox"]}, loader,
                      coco_of(torch.full((2, 1, 4), 0.5), 48, 32), torch.device("cpu"))[0]
     assert stats["loss_mask"] < 1e-6 and stats["loss_dice"] < 1e-6
+
+
+def small_batch(**changed):
+    """Two images, one of them without objects; `changed` is what the other's target has otherwise."""
+    def target(number, count, **other):
+        return {"labels": torch.ones(count, dtype=torch.int64), "boxes": torch.full((count, 4), 0.4),
+                "image_id": torch.tensor([number]), "orig_size": torch.tensor([64, 64]),
+                "size": torch.tensor([64, 64]), **other}
+    targets = [target(1, 1, **changed), target(2, 0)]
+    return [torch.rand(3, 64, 64) for _ in targets], targets
+
+
+def empty_as_of_a_list():
+    images, targets = small_batch()
+    targets[1].update(labels=torch.tensor([]), boxes=torch.tensor([]))
+    return images, targets
+
+
+def without_length(batch):
+    yield batch
+
+
+@pytest.mark.parametrize("make_loader", [
+    lambda: [small_batch()], lambda: [small_batch(file_name="a.jpg", more={"x": 1}, image_id=1, size=[64, 64])],
+    lambda: [small_batch(labels=torch.ones(1, dtype=torch.uint8))], lambda: [empty_as_of_a_list()],
+    lambda: without_length(small_batch())])
+def test_loops_take_what_programs_of_ones_own_hand_them(tiny_args, make_loader):
+    model, criterion, postprocessors = build_model(tiny_args(num_classes=3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    stats = train_one_epoch(model, criterion, make_loader(), optimizer, "cpu", 0, None)
+    assert math.isfinite(stats["loss"])
+    truth = coco_of(torch.full((3, 1, 4), 0.4), 64, 64)
+    stats, _ = evaluate(model, criterion, postprocessors, make_loader(), truth, "cpu")
+    assert math.isfinite(stats["loss"])
+
+
+def test_a_loader_without_length_has_no_last_batch_to_accumulate_for(tiny_args):
+    model, criterion, _ = build_model(tiny_args(num_classes=3))
+    with pytest.raises(ValueError, match="accumulate_steps needs a data_loader with a length"):
+        train_one_epoch(model, criterion, without_length(small_batch()), torch.optim.SGD(model.parameters(), lr=0.0), "cpu", 0,
+                        accumulate_steps=2)
+
+
+def test_a_criterion_without_classes(tiny_args):
+    model, criterion, _ = build_model(tiny_args(num_classes=3))
+    criterion.losses = ["boxes"]
+    stats = train_one_epoch(model, criterion, [small_batch()], torch.optim.SGD(model.parameters(), lr=0.0), "cpu", 0)
+    assert math.isnan(stats["class_error"]) and math.isfinite(stats["loss_bbox"])
+
+
+def test_detections_that_are_not_finite_end_an_evaluation_also_where_there_is_no_object(tiny_args):
+    model, criterion, postprocessors = build_model(tiny_args(num_classes=3))
+    images, targets = small_batch()
+    images[1][0, 5, 5] = math.nan
+    truth = coco_of(torch.full((3, 1, 4), 0.4), 64, 64)
+    with pytest.raises(FloatingPointError, match="for image id 2"):
+        evaluate(model, criterion, postprocessors, [(images, targets)], truth, "cpu")

@@ -4,6 +4,7 @@ Values may be device tensors: they are kept as they are and copied to the host o
 never makes a training step wait for the device.
 """
 import datetime
+import math
 import time
 from collections import defaultdict, deque
 from typing import Any, DefaultDict, Deque, Dict, Iterable, Iterator, List, Optional, Tuple, Union
@@ -149,13 +150,14 @@ class MetricLogger:
 
     def log_every(self, iterable: Iterable[Any], print_freq: int, header: Optional[str] = None,
                   first: int = 0) -> Iterator[Any]:
-        """Yield from a sized iterable and print a line every `print_freq` items and after the last, on the main process.
+        """Yield from an iterable and print a line every `print_freq` items and after the last, on the main process.
         Items are counted from `first`.
 
         The line holds the header, position, remaining time, all meters, seconds per item (`time`), seconds spent waiting for
         the item (`data`) and, on CUDA, the largest memory in MB (`max mem`).
         """
-        length = first + len(iterable)
+        count = num_batches(iterable)
+        length = first + (math.inf if count is None else count)
         header = f"{header or ''}  "
         iter_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
         start = end = time.perf_counter()
@@ -167,16 +169,29 @@ class MetricLogger:
             if at_line:  # on all processes: those that print nothing would keep every tensor until the loop's end
                 _read(self.meters.values())
             if at_line and distributed.is_main_process():
-                remaining = datetime.timedelta(seconds=int(iter_time.global_avg * (length - 1 - position)))
-                fields = [f"{header}[{position:{len(str(length))}d}/{length}]", f"eta: {remaining}", str(self),
+                of, remaining = "?", "?"
+                if count is not None:
+                    of, remaining = str(length), _clock(iter_time.global_avg * (length - 1 - position))
+                fields = [f"{header}[{position:{len(of)}d}/{of}]", f"eta: {remaining}", str(self),
                           f"time: {iter_time}", f"data: {data_time}"]
                 if torch.cuda.is_available():
                     fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2 ** 20:.0f}")
                 distributed.print_main(self.delimiter.join(field for field in fields if field))
             end = time.perf_counter()
         seconds = time.perf_counter() - start
-        distributed.print_main(f"{header}Total time: {datetime.timedelta(seconds=int(seconds))} "
-                               f"({seconds / max(length - first, 1):.4f} s / it)")
+        distributed.print_main(f"{header}Total time: {_clock(seconds)} ({seconds / max(iter_time.count, 1):.4f} s / it)")
+
+
+def num_batches(loader: Iterable[Any]) -> Optional[int]:
+    """Length of an iterable; None of one that doesn't know it, such as a generator."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def merge_states(states: List[Dict[str, Any]]) -> Dict[str, Any]:

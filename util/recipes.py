@@ -207,7 +207,7 @@ def _adopt(args: argparse.Namespace) -> None:
     for name, default in BLANK.items():
         if name not in own:
             setattr(args, name, default)
-        elif own[name] is None and default is not None:
+        elif own[name] is None and default is not None or own[name] == "" and default is None:
             setattr(args, name, default)
     is_detreg = "obj_embedding_head" in own and "load_embedding" not in own  # the latter is ours
     if is_detreg and args.dataset is not None:
@@ -221,7 +221,7 @@ def _adopt(args: argparse.Namespace) -> None:
         args.dataset_file = "imagenet"
     if args.model is None and own.get("num_feature_levels") is not None:
         args.model = "deformable_detr"
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if str(args.device).startswith("cuda") and not torch.cuda.is_available():
         args.device = None
     _follow_stored_layout(args)
     _drop_unasked(args)

@@ -154,4 +154,4 @@ def image_ids(targets: Sequence[Dict[str, Any]]) -> List[int]:
 
 def small_tensors(target: Dict[str, Tensor], most: int = 10_000) -> Dict[str, Tensor]:
     """A target without its masks and patches."""
-    return {name: value.cpu() for name, value in target.items() if value.numel() <= most}
+    return {name: value.cpu() for name, value in target.items() if isinstance(value, Tensor) and value.numel() <= most}

@@ -71,3 +71,22 @@ def test_losses_of_embeddings_of_a_float64_model_are_float64(tiny_args):
     outputs = model.double().eval()(torch.randn(1, 3, 128, 128, dtype=torch.float64))
     losses = criterion.double()(outputs, [target])
     assert {losses[name].dtype for name in losses if name in criterion.weight_dict} == {torch.float64}
+
+
+@pytest.mark.parametrize("flags", [{}, {"model": "deformable_detr"}, {"model": "deformable_detr", "two_stage": True}])
+def test_a_model_that_is_bfloat16_as_a_whole(tiny_args, images, targets, flags):
+    detector, criterion, _ = build_model(tiny_args(**flags))
+    losses = criterion.bfloat16()(detector.bfloat16()([image.bfloat16() for image in images]), targets)
+    assert {losses[name].dtype for name in ("loss_ce", "loss_bbox", "loss_giou")} == {torch.float32}
+
+
+def test_aims_are_not_rounded_under_autocast(tiny_args):
+    """The features of UP-DETR's patches are means in float32; DETReg's embeddings are those without autocast."""
+    updetr = build_model(tiny_args(dataset_file="imagenet", num_classes=None, num_queries=4, num_patches=2, feature_recon=True))[0]
+    criterion = build_model(tiny_args(model="deformable_detr", dataset_file="regions", num_classes=None,
+                                      object_embedding_loss=True, load_embedding="none"))[1]
+    crops = torch.rand(1, 2, 3, 32, 32)
+    expected = criterion.embedder(crops[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert criterion.embedder(crops[0]).equal(expected)
+        assert updetr(torch.rand(1, 3, 64, 64), crops)["gt_feature"].dtype == torch.float32

@@ -98,7 +98,13 @@ def test_what_is_asked_for_in_vain_is_still_refused(space):
 
 def test_a_gpu_that_is_not_there_is_not_asked_for(space, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert recipes.resolve(space("detr", device="cuda")).device == "cpu"
+    for device in ("cuda", "cuda:1", torch.device("cuda")):
+        assert recipes.resolve(space("detr", device=device)).device == "cpu"
+
+
+def test_an_empty_path_is_not_given(space):
+    args = recipes.resolve(space("detr", frozen_weights="", coco_panoptic_path=""))
+    assert args.frozen_weights is None and args.dataset_file == "coco"
 
 
 def test_what_programs_do_unasked(space):
