@@ -340,7 +340,7 @@ def padded_batch(batch, height, width):
 def test_exports_to_onnx_with_free_sizes(build, tmp_path):
     pytest.importorskip("onnxscript", reason="torch exports to ONNX with the package onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime", reason="the exported program is run by onnxruntime")
-    model, _, _ = build(with_box_refine=True, two_stage=True, aux_loss=False, enc_layers=1, num_feature_levels=2)
+    model, _, _ = build(with_box_refine=True, two_stage=True, aux_loss=False, enc_layers=1, dec_layers=1, num_feature_levels=2)
     whole, free = Predictions(model).eval(), torch.export.Dim.AUTO
     traced = torch.export.export(whole, padded_batch(2, 96, 128), strict=False,
                                  dynamic_shapes=({0: free, 2: free, 3: free}, {0: free, 1: free, 2: free}))

@@ -37,7 +37,7 @@ def start(folder, preset, *flags):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
