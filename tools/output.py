@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence
 
 from util.errors import InputError
-from util.files import read_text
+from util.files import read_text, replace_file
 
 PICTURES = (".png", ".jpg", ".webp")
 # Beside what the programs wrote: a line [name, size, time of change] for each time that they wrote a file.
@@ -41,8 +41,12 @@ def refuse_others(flag: str, paths: Iterable[Path]) -> None:
 def remember(paths: Iterable[Path]) -> None:
     """Note in a hidden file beside them that files were written by a program of this project, which may replace them."""
     for path in paths:
-        with open(path.parent / LEDGER, "a", encoding="utf-8") as file:
+        with open(path.parent / LEDGER, "a", encoding="utf-8", opener=_without_waiting) as file:
             file.write(json.dumps([path.name, *_version(path)]) + "\n")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # a pipe's other end would be waited for
 
 
 def _version(path: Path) -> List[int]:
@@ -85,9 +89,4 @@ def replace_json(path: Path, content: Any) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write UTF-8 text so that the file is whole or, if it wasn't there, absent; halves of characters become JSON's escapes."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, text.encode("utf-8", "backslashreplace"))

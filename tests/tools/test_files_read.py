@@ -43,3 +43,10 @@ def test_byte_order_marks(tmp_path):
     assert read_ships(str(tmp_path / "ships.csv")) == {"a.jpg": [[1, 2]]}
     (tmp_path / "preset.json").write_text('{"base": "small", "pretrain_epochs": 1}', encoding="utf-8-sig")
     assert load_preset(str(tmp_path / "preset.json")).pretrain_epochs == 1
+
+
+def test_a_pipe_where_written_files_are_noted_is_not_waited_for(tmp_path):
+    (tmp_path / "a").write_text("")
+    os.mkfifo(tmp_path / output.LEDGER)
+    with pytest.raises(OSError):
+        output.remember([tmp_path / "a"])
