@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 # Where programs put a model's tensors, the first that is there; ours, DETR's and torchvision's is "model".
-PLACES = ("model", "state_dict", "model_state_dict", "net", "ema_state_dict", "model_ema", "ema", "module")
-WRAPPERS = ("module", "_orig_mod")  # of DataParallel, averaged models and torch.compile: parts of names, in any place
+PLACES = ("model", "state_dict", "model_state_dict", "net", "ema_state_dict", "model_ema", "ema", "module",
+          "model_state", "state_dict_ema", "network", "weights", "params", "teacher", "student", "checkpoint")
+# Of DataParallel, averaged models, torch.compile, FSDP and activation checkpoints: parts of names, in any place.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 OUTER_NAMES = ("model.", "net.", "ema_model.")  # what a Lightning module, or a like one, calls the model inside it
 
 

@@ -65,3 +65,9 @@ def test_other_voc_models_keep_their_labels():
         assert torch.equal(model_state({"model": model, **checkpoint}, "a.pth")["class_embed.weight"], heads(22))
     updetr = {"model": {"class_embed.weight": heads(21)}, "args": {"dataset_file": "voc"}}  # 20 classes and no object
     assert torch.equal(model_state(updetr, "a.pth")["class_embed.weight"], heads(21))
+
+
+@pytest.mark.parametrize("place", ["model_state", "state_dict_ema", "network", "weights", "params", "teacher", "checkpoint"])
+def test_other_names_of_places_and_wrappers(place):
+    weights = find_weights({place: {"_fsdp_wrapped_module.a._checkpoint_wrapped_module.weight": torch.ones(2)}, "epoch": 1})
+    assert list(weights) == ["a.weight"]
