@@ -83,6 +83,7 @@ def decode(path: str | os.PathLike, short_side: int | None = None, apply_exif: b
             raise UnreadableImage(f"image file {shown(path)} has {width}x{height} pixels, more than {MAX_PIXELS}")
         if short_side is not None:
             picture.draft(None, (_REDUCING_GAP * short_side, _REDUCING_GAP * short_side))
+        is_deep = _has_16_bits(picture)
         picture.load()
         orientation = _orientation(picture)
         if apply_exif and orientation != 1:
@@ -90,6 +91,8 @@ def decode(path: str | os.PathLike, short_side: int | None = None, apply_exif: b
             height, width = (width, height) if orientation >= 5 else (height, width)
             orientation = 1
         image, doubt = _to_rgb(picture)
+        if is_deep and doubt is None and not picture.mode.startswith(("I", "F")):
+            doubt = _doubt_of_16_bits(int(image.max()))
         return Decoded(image, (height, width), orientation, doubt)
 
 
@@ -204,6 +207,22 @@ def _grey_bytes(values: np.ndarray) -> tuple[np.ndarray, str | None]:
     elif 0 < highest < _FILLED_SHARE * top:
         doubt = f"has numbers up to {highest:g} in a type that reaches {top}: it is read dark or black"
     return grey.clip(0, 255).astype(np.uint8), doubt
+
+
+def _has_16_bits(picture: Image.Image) -> bool:
+    """Tells whether a file that isn't loaded yet has colours of 16 bits, of which Pillow keeps the upper 8 by itself."""
+    for tile in picture.tile:
+        raw_mode, *others = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if ";16" in str(raw_mode) or picture.format == "PPM" and others and others[0] > 255:  # PPM: its largest number
+            return True
+    return False
+
+
+def _doubt_of_16_bits(highest: int) -> str | None:
+    """Says what makes colours of 16 bits doubtful whose upper 8 bits reach `highest`."""
+    if highest >= _FILLED_SHARE * 255:
+        return None
+    return f"has numbers below {(highest + 1) << 8} in a type that reaches {2**16 - 1}: it is read dark or black"
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -1,5 +1,7 @@
 """Image files of all kinds: which are opened, how deep grey is read, which way up photographs stand."""
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -40,6 +42,24 @@ def test_grey_of_16_and_32_bits(tmp_path):
         decoded = decode(save(tmp_path / f"{number}.tif", values))
         assert decoded.image[:, 1, 2].tolist() == [expected] * 3 and not decoded.image[:, 0].any()
         assert decoded.doubt is None if doubt is None else doubt in decoded.doubt
+
+
+def test_colours_of_16_bits_that_do_not_fill_them_are_told_of(tmp_path):
+    for highest, doubt in ((4095, "has numbers below 4352 in a type that reaches 65535: it is read dark or black"), (65535, None)):
+        pixels = np.linspace(0, highest, 300).astype(">u2").tobytes()
+        (tmp_path / "a.ppm").write_bytes(b"P6 10 10 65535\n" + pixels)
+        rows = b"".join(b"\0" + pixels[i:i + 60] for i in range(0, 600, 60))
+        parts = ((b"IHDR", struct.pack(">IIBBBBB", 10, 10, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts))
+        assert decode(tmp_path / "a.ppm").doubt == doubt
+        assert (decode(tmp_path / "a.png").doubt is None) == (doubt is None)
+
+
+def test_eight_bits_are_beyond_doubt(tmp_path):
+    for ending in ("png", "bmp", "ppm", "tif", "jpg", "gif", "webp"):
+        Image.new("RGB", (300, 20), (3, 2, 1)).save(tmp_path / f"a.{ending}")
+        assert decode(tmp_path / f"a.{ending}").doubt is None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
