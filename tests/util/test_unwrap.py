@@ -36,7 +36,8 @@ def test_what_holds_no_weights_has_none():
         assert find_weights(checkpoint) == {}
 
 
-@pytest.mark.parametrize("value", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.arange(6).reshape(2, 3)])
+@pytest.mark.parametrize("value", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.arange(6).reshape(2, 3),
+                                   np.str_("a"), np.datetime64("2026-11-29"), np.array(["a", "bc"])])
 def test_numbers_of_numpy_are_read(value, tmp_path):
     torch.save({"model": STATE, "best": value}, tmp_path / "a.pth")
     found = load_checkpoint(str(tmp_path / "a.pth"))["best"]
