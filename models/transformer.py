@@ -19,13 +19,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     """Attention with torch's parameter names and arguments, through `scaled_dot_product_attention`.
 
     Attention weights take time and memory, so they are formed only where somebody can see them: where the module, or
-    every module, has a forward hook, where `keep_weights` is set to True on it, or where a call asks for them. The
-    other output is the same number for number.
+    every module, has a forward hook, or where a call asks for them. The other output is the same number for number.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim, num_heads, dropout=dropout)
-        self.keep_weights = False
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Optional[Tensor] = None,
                 need_weights: Optional[bool] = None, attn_mask: Optional[Tensor] = None,
@@ -34,7 +32,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Args:
             key_padding_mask: bool [B, K], True where a key is padding; None for nowhere.
-            need_weights: return the weights; by default, if there is a hook or `keep_weights`.
+            need_weights: return the weights; by default, if there is a hook.
             attn_mask: [Q, K] or [B * heads, Q, K]; bool, True where a query may not look at a key, or numbers that
                 are added to the scores.
             average_attn_weights: return the weights' mean over the heads instead of each head's.
@@ -84,8 +82,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         return scores.softmax(dim=-1)
 
     def _weights_are_seen(self) -> bool:
-        if self.keep_weights or torch.jit.is_scripting():
-            return self.keep_weights
+        if torch.jit.is_scripting():
+            return False
         return self._has_hooks()
 
     @torch.jit.unused

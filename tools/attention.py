@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.transformer import MultiheadAttention
 from util.errors import InputError
 
 
@@ -43,12 +42,13 @@ def look(model: nn.Module, image: Tensor, *patches: Tensor, decoder_layer: Optio
     encoder = _layer(detr.transformer.encoder.layers, encoder_layer, "encoder")
     with contextlib.ExitStack() as stack:
         maps = stack.enter_context(_kept_outputs(detr.input_proj))
-        crossed = stack.enter_context(_kept_weights(decoder.multihead_attn))
-        own = stack.enter_context(_kept_weights(encoder.self_attn)) if encoder is not None else []
+        # An attention with a hook also returns its weights [B, Q, K].
+        crossed = stack.enter_context(_kept_outputs(decoder.multihead_attn))
+        own = stack.enter_context(_kept_outputs(encoder.self_attn)) if encoder is not None else []
         outputs = detr(image[None], *(some[None] for some in patches))
     size = maps[0].shape[-2:]
-    return outputs, Attention(crossed[0][0].unflatten(1, size).cpu(),
-                              own[0][0].unflatten(1, size).unflatten(0, size).cpu() if own else None)
+    return outputs, Attention(crossed[0][1][0].unflatten(1, size).cpu(),
+                              own[0][1][0].unflatten(1, size).unflatten(0, size).cpu() if own else None)
 
 
 def _layer(layers: nn.ModuleList, number: Optional[int], kind: str) -> Optional[nn.Module]:
@@ -67,19 +67,6 @@ def _kept_outputs(module: nn.Module) -> Iterator[List]:
     try:
         yield kept
     finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def _kept_weights(attention: MultiheadAttention) -> Iterator[List[Tensor]]:
-    """Within it, the list collects the attention's weights [B, Q, K] of each forward pass."""
-    weights: List[Tensor] = []
-    handle = attention.register_forward_hook(lambda module, inputs, output: weights.append(output[1]))
-    attention.keep_weights = True
-    try:
-        yield weights
-    finally:
-        attention.keep_weights = False
         handle.remove()
 
 

@@ -31,7 +31,6 @@ def test_weights_are_distributions_and_change_nothing(tiny_args: Callable[..., a
     assert attention.decoder.shape == (12, 3, 2) and attention.encoder.shape == (3, 2, 3, 2)
     torch.testing.assert_close(attention.decoder.sum((1, 2)), torch.ones(12))
     torch.testing.assert_close(attention.encoder.sum((2, 3)), torch.ones(3, 2))
-    assert not any(getattr(module, "keep_weights", False) for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
 
 
