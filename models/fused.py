@@ -67,11 +67,6 @@ def steps(counted: bool = False) -> Iterator[None]:
         _inside, _counted = before
 
 
-def forget() -> None:
-    """Free what is kept of constant weights, 5 times the memory of their 3×3 convolutions. Never needed: changes are seen."""
-    _kept.clear()
-
-
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation whose statistics and affine parameters are constants (buffers), as in fine-tuned detectors."""
 
