@@ -221,8 +221,8 @@ def evaluate(model: nn.Module, criterion: nn.Module, postprocessors: Dict[str, n
 
 def _check_finite(image_ids: Sequence[int], detections: Sequence[Dict[str, Tensor]]) -> None:
     """Raise NonFinitePredictionError for detections that aren't finite; without objects no matching would notice."""
-    bad = [str(image_id) for image_id, found in zip(image_ids, detections)
-           if not (found["scores"].isfinite().all() and found["boxes"].isfinite().all())]
+    finite = torch.stack([found["scores"].isfinite().all() & found["boxes"].isfinite().all() for found in detections])
+    bad = [str(image_id) for image_id, is_finite in zip(image_ids, finite.tolist()) if not is_finite]  # one wait for all
     if bad:
         raise NonFinitePredictionError("the model predicts NaN or infinite classes or boxes for image id " + ", ".join(bad))
 
