@@ -38,14 +38,6 @@ def weights_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    """The flag of a ResNet-18's weights, as torchvision saves them."""
-    path = tmp_path_factory.mktemp("backbone") / "resnet18.pth"
-    torch.save(torchvision.models.resnet18().state_dict(), path)
-    return ["--load_backbone", path]
-
-
-@pytest.fixture(scope="module")
 def pretrained(toy, backbone, tmp_path_factory):
     out = tmp_path_factory.mktemp("pretrained")
     run(["main.py", *"--lr_drop 40 --epochs 60 --pre_norm --num_patches 10 --batch_size 32 --feature_recon --fre_cnn".split(),

@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from commands import SMALL_COCO, SMALL_PRETRAIN, run
@@ -28,14 +27,6 @@ def toy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def panoptic(toy):
     return ["--coco_path", toy / "coco", "--coco_panoptic_path", toy / "coco", "--dataset_file", "coco_panoptic"]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    """The flag of a ResNet-18's weights, as torchvision saves them."""
-    path = tmp_path_factory.mktemp("backbone") / "resnet18.pth"
-    torch.save(torchvision.models.resnet18().state_dict(), path)
-    return ["--load_backbone", path]
 
 
 @pytest.fixture(scope="module")
