@@ -30,7 +30,7 @@ from util.checkpoint import (EMBEDDING_HEAD, counts_from_centre, describe_kind, 
                              model_state, save_checkpoint, stored_flags)
 from util.errors import InputError, run_program
 
-# Of the ids 1 … 90, COCO's detection task never used ten.
+# COCO's detection task never used ten of the ids 1 … 90.
 COCO_IDS = [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 COCO_LABELS = (91, 250)  # outputs of the official box and panoptic models, without no-object
 PRETEXT_HEADS = ("patch2query.", "feature_align.", "class_embed.")  # what UP-DETR's pre-training alone has a use for
@@ -96,7 +96,7 @@ def convert(state: Dict[str, Tensor], category_ids: Optional[Sequence[int]],
 
 
 def class_rows(value: Tensor, category_ids: Sequence[int]) -> Tensor:
-    """Of a classifier's weight or bias [C + 1, …] the rows of the category ids, then that of no-object."""
+    """Take the rows of the category ids, then that of no-object, from a classifier's weight or bias [C + 1, …]."""
     outputs = len(value) - 1
     missing = [number for number in category_ids if number >= outputs]
     if missing:
@@ -105,7 +105,7 @@ def class_rows(value: Tensor, category_ids: Sequence[int]) -> Tensor:
 
 
 def find_category_ids(checkpoint: Dict[str, Any], state: Dict[str, Tensor], annotations: Optional[str]) -> List[int]:
-    """Which category ids the classes have: of the annotations, else stored in the checkpoint, else COCO's.
+    """Find the category ids of the classes: the annotations', else those in the checkpoint, else COCO's.
 
     Raises:
         InputError: if none of these tells.

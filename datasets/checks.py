@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as mask_codec
-from torch import Tensor
 
 from datasets.image_io import Decoded, UnreadableImage, decode
 from util.errors import InputError

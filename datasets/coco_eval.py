@@ -280,7 +280,7 @@ class _Evaluation(COCOeval_faster):
 
 
 def _say_nothing(text: str) -> None:
-    """What faster-coco-eval says of its progress goes here."""
+    """Takes the progress messages of faster-coco-eval and drops them."""
 
 
 def _mean(precision: np.ndarray) -> float:

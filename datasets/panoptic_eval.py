@@ -17,7 +17,7 @@ from util.errors import InputError
 
 __all__ = ["PanopticEvaluator", "match_segments"]
 
-# What is counted for a category: sum of the IoUs of its true positives, their number, false positives, false negatives.
+# Counts of a category: sum of the IoUs of its true positives, their number, false positives, false negatives.
 Tally = tuple[float, int, int, int]
 
 

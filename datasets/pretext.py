@@ -104,7 +104,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
 
 
 def is_held_out(path: str, share: float) -> bool:
-    """Whether an image belongs to the held-out share: decided by its relative path alone, so that it stays on its side
+    """Tells if an image belongs to the held-out share: its relative path alone decides, so that it stays on its side
     when other images are added.
 
     Args:

@@ -35,7 +35,7 @@ _MIN_PARTS = 16  # so that several processes share even a small tree
 
 @dataclass(frozen=True)
 class Entry:
-    """What the cache knows about an image.
+    """The cached facts about an image.
 
     Attributes:
         file_size: bytes of the image file when its regions were proposed.
@@ -87,7 +87,7 @@ class ProposalCache:
         if not os.path.exists(folder / "manifest.json"):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                # Of two runs that begin at once, one may see what the other is just writing.
+                # A run that begins at the same time may be writing there.
                 if any(not path.name.startswith(".") and path.name != "manifest.json" for path in folder.iterdir()):
                     raise InputError(f"--cache_path {folder} has files in it, but no proposals: give an empty or a new "
                                      "folder")

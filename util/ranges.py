@@ -1,5 +1,4 @@
 """Ranges of numeric flags: one table for main.py, and the check that every program shares."""
-import argparse
 import math
 import numbers
 from typing import Any, Mapping, NamedTuple

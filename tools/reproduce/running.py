@@ -1,5 +1,4 @@
 """Run a plan's cells side by side, each in a folder of its own, and keep what is finished."""
-import json
 import os
 import signal
 import statistics
