@@ -108,7 +108,8 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: Iterabl
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 outputs = model(*inputs)
             with watch.matching():
-                losses = as_tensors(criterion(outputs, targets), device)  # waits for the device: the matching is solved on the host
+                # Waits for the device: the matching is solved on the host.
+                losses = as_tensors(criterion(outputs, targets), device)
             loss = weighted_sum(losses, criterion.weight_dict)
             scaler.scale(loss / group_size).backward()
         gradient_norm = _optimizer_step(model, optimizer, scaler, max_norm) if last_of_group else None

@@ -67,7 +67,8 @@ def build(image_set: str, args: argparse.Namespace, augment: bool = True) -> "Co
     transforms = make_coco_transforms(image_set if augment else "val", **transform_sizes(args))
     training = image_set == "train" and augment
     dataset = CocoDetection(folder, ann_file, transforms, getattr(args, "masks", False), seed=args.seed,
-                            num_classes=num_classes, fewer_classes=may_know_fewer(args), restrict=restriction(image_set, args), training=training,
+                            num_classes=num_classes, fewer_classes=may_know_fewer(args),
+                            restrict=restriction(image_set, args), training=training,
                             apply_exif=bool(getattr(args, "apply_exif", False)))
     if training:
         forget_files()

@@ -9,9 +9,9 @@ Rounding can be told from outside: a scripted model would no longer equal its or
 where the loops of `engine` and the tools run; a model that is called by other code computes step by step. `enable(False)` turns
 all of it off, and modules that are compiled, scripted, traced, transformed or watched are never run this way.
 
-Weights are folded at each call, 2 % of its time. Those of constant 3×3 convolutions for `winograd`, which take longer, are
-kept with copies of what they are made of, and made anew where any number differs: no change can be missed. They take
-five times the memory of these weights, 180 MB for ResNet-50. NaN and infinity stay visible: see `ALMOST_ZERO`.
+Weights are folded at each call. Those of constant 3×3 convolutions for `winograd`, which take longer, are kept with
+copies of what they are made of, and made anew where any number differs: no change can be missed. They take five times
+the memory of these weights, 180 MB for ResNet-50. NaN and infinity stay visible: see `ALMOST_ZERO`.
 """
 import contextlib
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -130,7 +130,8 @@ def _watched() -> bool:
 
 
 def _plain(conv: nn.Conv2d) -> bool:
-    return type(conv.weight) in (nn.Parameter, Tensor) and conv.bias is None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return (type(conv.weight) in (nn.Parameter, Tensor) and conv.bias is None
+            and conv.padding_mode == "zeros" and not isinstance(conv.padding, str))
 
 
 def resnet_maps(resnet: nn.Module, layers: Sequence[str], x: Tensor) -> List[Tensor]:
@@ -281,7 +282,8 @@ def _at_points(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tuple[Tensor, Ten
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    with _disable_current_modes():  # these tensors lie on the host: who counts what a GPU would be waited for needn't see it
+    # These tensors lie on the host: a count of what a GPU would be waited for must not see them.
+    with _disable_current_modes():
         return a.dtype == b.dtype and torch.equal(a, b)
 
 

@@ -99,7 +99,10 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[Dict[str, Tensor]]) -> Tensor:
-        """Cost of every target with every query of its own image, [L, T, N] in float32, or the predictions' float64; T counts the batch's targets."""
+        """Cost of every target with every query of its own image, [L, T, N]; T counts the batch's targets.
+
+        In float32, or float64 for such predictions.
+        """
         sizes = torch.tensor([len(target["labels"]) for target in targets])
         labels, target_boxes = all_labels(targets), all_boxes(targets)
         image = torch.repeat_interleave(torch.arange(len(targets)), sizes).to(labels.device, non_blocking=True)

@@ -107,6 +107,12 @@ class ProgressLine:
         self.start = self.last = clock()
         self.width = 0
 
+    @classmethod
+    def on_stdout(cls, total: int) -> "ProgressLine":
+        """A line on standard output, which a program may lack."""
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        return cls(total, lambda text: print(text, end="", flush=True), terminal)
+
     def update(self, done: int, new: int) -> None:
         """Called with how many images are done, and how many of them weren't there before."""
         now = self.clock()
@@ -156,7 +162,7 @@ def fill(args: argparse.Namespace) -> None:
 def _follow(parts: Iterable[Part], num_images: int) -> Part:
     """Sum up the parts as they come, with progress on standard output and unreadable files on standard error."""
     total = Part()
-    progress = ProgressLine(num_images, lambda text: print(text, end="", flush=True), (sys.stdout is not None and sys.stdout.isatty()))
+    progress = ProgressLine.on_stdout(num_images)
     for part in parts:
         total.num_images += part.num_images
         total.num_new += part.num_new

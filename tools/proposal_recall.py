@@ -10,7 +10,6 @@ useCats = 0). Crowds and VOC's difficult objects don't count. R50 is the share a
 """
 import argparse
 import functools
-import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -154,7 +153,7 @@ def table(result: Dict[str, Any]) -> str:
 
 def follow(found: Iterable[Found], num_images: int) -> Iterator[Found]:
     """The same, with progress on standard output."""
-    progress = ProgressLine(num_images, lambda text: print(text, end="", flush=True), (sys.stdout is not None and sys.stdout.isatty()))
+    progress = ProgressLine.on_stdout(num_images)
     for number, item in enumerate(found, 1):
         yield item
         progress.update(number, number)

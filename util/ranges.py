@@ -90,7 +90,10 @@ TOOL_RANGES: Mapping[str, Range] = {
 
 
 def check_ranges(args: Any, ranges: Mapping[str, Range] = RANGES) -> None:
-    """Raise InputError for the first flag, an attribute of `args`, that has a value, or an item of a list, out of its range. None is not given."""
+    """Raise InputError for the first flag, an attribute of `args`, with a value, or an item of a list, out of its range.
+
+    None is not given.
+    """
     for name, allowed in ranges.items():
         value = getattr(args, name, None)
         for item in value if isinstance(value, (list, tuple)) else [value]:

@@ -92,7 +92,9 @@ def odd_part(checkpoint: Mapping[str, Any], optimizer: torch.optim.Optimizer) ->
 
 
 def _odd_optimizer(stored: Any, optimizer: torch.optim.Optimizer) -> str:
-    if not has(state=lambda value: isinstance(value, dict) and all(map(is_count, value)), param_groups=is_list(has(params=is_list(is_count))))(stored):
+    is_state = has(state=lambda value: isinstance(value, dict) and all(map(is_count, value)),
+                   param_groups=is_list(has(params=is_list(is_count))))
+    if not is_state(stored):
         return "'optimizer'"
     for group, own in zip(stored["param_groups"], optimizer.param_groups):
         for name, value in group.items():

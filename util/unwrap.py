@@ -39,8 +39,10 @@ def find_weights(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
 
 
 def numpy_globals() -> List[Any]:
-    """What pickles of numpy's numbers and arrays name, by their names in numpy 1 and 2; all of it only makes numbers, texts and times. For
-    torch's weights-only loader, which knows classes and functions by their own names."""
+    """List what pickles of numpy's numbers and arrays name, in numpy 1 and 2, for torch's weights-only loader.
+
+    All of it only makes numbers, texts and times. The loader knows classes and functions by their own names.
+    """
     types = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdFDUSMm"}
     makers = [_named(function, module) for function in (_reconstruct, scalar)
               for module in ("numpy.core.multiarray", "numpy._core.multiarray")]
