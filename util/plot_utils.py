@@ -28,7 +28,8 @@ PER_CLASS_FIELDS = {
     "maskAP_per_class": ("test_coco_eval_masks_per_class", 0),
     "maskAP50_per_class": ("test_coco_eval_masks_per_class", 1),
 }
-CLASS_STYLES = ("-", "--", "-.", ":")
+# matplotlib's names, then (offset, lengths of dashes and gaps).
+CLASS_STYLES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (6, 1, 2, 1, 2, 1)))
 # Fields that are drawn together with another one, for comparison.
 COMPARED_WITH = {"patch_iou": "control_iou", "patch_iou50": "control_iou50"}
 # Up to so many points a curve has its points marked, so that a lone one can be seen.
@@ -43,7 +44,7 @@ class Curve(NamedTuple):
     """One series of figures: what it is ("train", "test", …), its line style, its points (epochs finished, value)."""
 
     name: str
-    style: str
+    style: Union[str, Tuple]
     points: List[Point]
 
 
@@ -229,7 +230,7 @@ def _draw_field(axis: Any, runs: Dict[str, List[Line]], field: str, ewm_col: flo
             colour = run_colour(place if by_class else number)
             named[curve.name] = Line2D([], [], color=colour if by_class else "0.3", linestyle=curve.style)
             epochs, values = zip(*(smooth(curve.points, ewm_col) if ewm_col else curve.points))
-            axis.plot(epochs, values, curve.style, color=colour, linewidth=1.6, markersize=3.5,
+            axis.plot(epochs, values, linestyle=curve.style, color=colour, linewidth=1.6, markersize=3.5,
                       marker="o" if len(epochs) <= MARKED_POINTS else "")
     axis.set_title(f"{field} (%)" if field in (*PERCENT_FIELDS, *PER_CLASS_FIELDS) else _plain_text(field))
     epochs = [line["epoch"] + 1 for lines in runs.values() for line in lines]

@@ -176,6 +176,13 @@ def test_each_class_has_a_curve(tmp_path: Path) -> None:
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["cat", "dog"]
 
 
+def test_seven_classes_of_two_runs_have_seven_line_styles(tmp_path):
+    lines = [{"epoch": i, "test_coco_eval_bbox_per_class": {name: [0.1, 0.2] for name in "abcdefg"}} for i in range(2)]
+    figure = plot_logs([write_log(tmp_path / "one", lines), write_log(tmp_path / "two", lines)], "AP_per_class")
+    styles = [str(line._unscaled_dash_pattern) for line in figure.axes[0].get_lines() if len(line.get_xdata())]
+    assert len(styles) == 14 and len(set(styles)) == 7 and styles[:7] == styles[7:]
+
+
 def test_names_that_matplotlib_would_read_as_formulas(tmp_path):
     names = ("$x^$", "half \ud800", "a\nb", "dog")
     lines = [{"epoch": 0, "train_loss": 1.5, "test_coco_eval_bbox_per_class": {name: [0.1, 0.2] for name in names}}]
